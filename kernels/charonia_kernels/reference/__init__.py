@@ -1,0 +1,21 @@
+"""PyTorch oracles: one op a file, the same signature as the kernel it checks, any device.
+
+Floating-point inputs narrower than fp64 are computed in fp32 and rounded once, at the end; fp64 inputs stay fp64,
+which makes these functions their own high-precision oracle.
+"""
+
+from charonia_kernels.reference.activation import gelu_tanh_mul, silu_mul
+from charonia_kernels.reference.linear import linear
+from charonia_kernels.reference.norm import add_rms_norm, rms_norm
+from charonia_kernels.reference.paged_attention import paged_attention
+from charonia_kernels.reference.rope import qk_norm_rope_write
+
+__all__ = [
+    "add_rms_norm",
+    "gelu_tanh_mul",
+    "linear",
+    "paged_attention",
+    "qk_norm_rope_write",
+    "rms_norm",
+    "silu_mul",
+]
