@@ -1,0 +1,1 @@
+"""Scheduling and memory accounting. Never imports torch."""

@@ -1,0 +1,73 @@
+"""The two messages between the scheduler and the device: what a step does, and what it brought."""
+
+import msgspec
+
+from charonia.outputs import TokenLogprobs
+from charonia.sampling_params import SamplingParams
+
+
+class NewRow(msgspec.Struct, frozen=True, array_like=True):
+    """A request enters a row (first time, or again after preemption): its whole state, sent once.
+
+    token_ids: prompt and any output so far. block_ids: its block table. num_computed_tokens: cached prefix length.
+    stop_token_ids: suppressed by the sampler while fewer than `sampling.min_tokens` tokens are out.
+    bad_words: token sequences whose last token is suppressed when the others have just been generated.
+    """
+
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_ids: list[int]
+    num_computed_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop_token_ids: list[int]
+    bad_words: list[list[int]]
+
+
+class BlockDelta(msgspec.Struct, frozen=True, array_like=True):
+    """Blocks appended to a row's block table."""
+
+    row: int
+    block_ids: list[int]
+
+
+class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True):
+    """One row's share of a step: `num_tokens` tokens from its position on; `samples` when they reach its last token."""
+
+    row: int
+    num_tokens: int
+    samples: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
+    """A step, as deltas against the rows on the device. Applied in order: freed, new rows, block deltas, scheduled.
+
+    Rows with one token come first in `scheduled`.
+    """
+
+    step_id: int
+    scheduled: list[ScheduledRequest]
+    new_rows: list[NewRow] = []
+    block_deltas: list[BlockDelta] = []
+    freed_rows: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """What a step brought.
+
+    token_ids: one sampled token for each scheduled row with `samples`, in the plan's order. logprobs: by row, of the
+    sampled token, for rows that ask. prompt_logprobs: by row, of the prompt tokens that follow the positions computed
+    in this step. failed_rows: rows whose logits were not finite; their sampled token is meaningless.
+    """
+
+    step_id: int
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+    failed_rows: list[int] = []

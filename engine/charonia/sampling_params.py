@@ -1,0 +1,213 @@
+"""Per-request generation parameters, with the names and defaults that users of vLLM know."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from charonia.errors import InvalidRequestError, UnsupportedError
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKEN_IDS = 1 << 19
+GREEDY_TEMPERATURE = 1e-5
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How to continue one prompt. Raises `InvalidRequestError` that names the offending field.
+
+    n: sequences to generate. temperature: 0 is greedy. top_k: 0 or -1 keeps all tokens. seed: makes the request
+    reproducible whatever else is in its batch; with n > 1, sequence i uses seed + i. max_tokens: None generates up to
+    the model's context length. logprobs / prompt_logprobs: how many alternatives to report per position (0 reports
+    the token itself). min_tokens: stop conditions are ignored before that many tokens.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    bad_words: list[str] = []
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        # vLLM accepts one string, and None for "none", where a list is meant.
+        for name in ("stop", "stop_token_ids", "bad_words"):
+            value = getattr(self, name)
+            if value is None or isinstance(value, str):
+                msgspec.structs.force_setattr(self, name, [] if value is None else [value])
+        if self.logit_bias is None:
+            msgspec.structs.force_setattr(self, "logit_bias", {})
+        _validate(self)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":
+        """Build from loosely typed values (JSON, Triton request parameters), casting strings to the field's type.
+
+        Nulls are ignored. Raises `InvalidRequestError` for unknown keys and for values that do not fit, naming the key.
+        """
+        fields: dict[str, Any] = {}
+        for key, value in values.items():
+            if value is None:
+                continue
+            if key in _UNSUPPORTED:
+                raise UnsupportedError(f"sampling parameter {key!r} is not supported: {_UNSUPPORTED[key]}")
+            kind = _FIELD_TYPES.get(key)
+            if kind is None:
+                known = ", ".join(sorted(_FIELD_TYPES))
+                raise InvalidRequestError(f"unknown sampling parameter {key!r}; known parameters: {known}")
+            fields[key] = _cast(key, value, kind)
+        return cls(**fields)
+
+
+_UNSUPPORTED = {
+    "lora_name": "this model serves no LoRA adapters",
+    "structured_outputs": "structured outputs are not available",
+    "guided_decoding": "structured outputs are not available",
+}
+
+_FIELD_TYPES: dict[str, Any] = {f.name: f.type for f in msgspec.structs.fields(SamplingParams)}
+
+
+def _cast(key: str, value: Any, kind: Any) -> Any:
+    """Cast `value` to `kind`: strings to numbers and booleans, JSON text and single items to lists and mappings."""
+    wants_list = key in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+    if isinstance(value, str) and (wants_list or key == "logit_bias"):
+        parsed = _decode_json_container(value)
+        if parsed is not None:
+            value = parsed
+    if wants_list and isinstance(value, str | int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, str) and kind is bool:
+        lowered = value.strip().lower()
+        if lowered not in ("true", "false", "1", "0"):
+            raise InvalidRequestError(f"sampling parameter {key!r} must be a boolean, got {value[:80]!r}")
+        return lowered in ("true", "1")
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except (msgspec.ValidationError, OverflowError):
+        shown = repr(value)
+        raise InvalidRequestError(
+            f"sampling parameter {key!r} must be {_describe(kind)}, got {shown[:80]}"
+        ) from None
+
+
+def _decode_json_container(text: str) -> Any:
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _describe(kind: Any) -> str:
+    names = {
+        "int": "an integer", "float": "a number", "bool": "a boolean", "list[str]": "a string or a list of strings",
+        "list[int]": "a list of token ids", "dict[int, float]": "an object of token id to bias",
+    }  # fmt: skip
+    text = str(kind).replace("<class '", "").replace("'>", "").replace(" | None", "")
+    return names.get(text, text)
+
+
+def _require(ok: bool, name: str, expectation: str, value: object) -> None:
+    if not ok:
+        raise InvalidRequestError(f"sampling parameter {name!r} must be {expectation}, got {str(value)[:80]}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _validate(p: SamplingParams) -> None:
+    _validate_scalars(p)
+    _validate_lists(p)
+
+
+def _validate_scalars(p: SamplingParams) -> None:
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        value = getattr(p, name)
+        _require(isinstance(value, int | float) and math.isfinite(value), name, "a finite number", value)
+    for name in ("n", "top_k", "min_tokens"):
+        _require(_is_int(getattr(p, name)), name, "an integer", getattr(p, name))
+    for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
+        value = getattr(p, name)
+        _require(value is None or _is_int(value), name, "an integer", value)
+    for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens",
+                 "spaces_between_special_tokens"):  # fmt: skip
+        _require(isinstance(getattr(p, name), bool), name, "a boolean", getattr(p, name))
+    _require(1 <= p.n <= MAX_N, "n", f"from 1 to {MAX_N}", p.n)
+    _require(0.0 <= p.temperature <= 100.0, "temperature", "from 0 to 100", p.temperature)
+    _require(0.0 < p.top_p <= 1.0, "top_p", "in (0, 1]", p.top_p)
+    _require(p.top_k >= -1, "top_k", "0 or -1 (all tokens) or positive", p.top_k)
+    _require(0.0 <= p.min_p <= 1.0, "min_p", "from 0 to 1", p.min_p)
+    _require(0.0 < p.repetition_penalty <= 100.0, "repetition_penalty", "in (0, 100]", p.repetition_penalty)
+    _require(-2.0 <= p.presence_penalty <= 2.0, "presence_penalty", "from -2 to 2", p.presence_penalty)
+    _require(-2.0 <= p.frequency_penalty <= 2.0, "frequency_penalty", "from -2 to 2", p.frequency_penalty)
+    _require(p.seed is None or -(2**63) <= p.seed < 2**63, "seed", "a 64-bit integer", p.seed)
+    _require(p.max_tokens is None or 1 <= p.max_tokens < 2**31, "max_tokens", "at least 1", p.max_tokens)
+    _require(p.min_tokens >= 0, "min_tokens", "at least 0", p.min_tokens)
+    if p.max_tokens is not None:
+        _require(p.min_tokens <= p.max_tokens, "min_tokens", f"at most max_tokens ({p.max_tokens})", p.min_tokens)
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(p, name)
+        _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}", value)
+    _require(p.detokenize or not p.stop, "detokenize", "true when 'stop' strings are given", p.detokenize)
+
+
+def _validate_lists(p: SamplingParams) -> None:
+    _check_strings("stop", p.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
+    _check_strings("bad_words", p.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+    _check_token_ids("stop_token_ids", p.stop_token_ids, MAX_STOP_TOKEN_IDS)
+    if p.allowed_token_ids is not None:
+        _require(len(p.allowed_token_ids) > 0, "allowed_token_ids", "not empty", p.allowed_token_ids)
+        _check_token_ids("allowed_token_ids", p.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+    _require(isinstance(p.logit_bias, dict), "logit_bias", "an object of token id to bias", p.logit_bias)
+    _require(len(p.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries", len(p.logit_bias))
+    _check_token_ids("logit_bias", list(p.logit_bias), MAX_LOGIT_BIAS)
+    for bias in p.logit_bias.values():
+        ok = isinstance(bias, int | float) and -100.0 <= bias <= 100.0
+        _require(ok, "logit_bias", "an object whose values are from -100 to 100", bias)
+
+
+def _check_strings(name: str, values: Sequence[str], max_items: int, max_chars: int) -> None:
+    _require(isinstance(values, list | tuple), name, "a string or a list of strings", values)
+    _require(len(values) <= max_items, name, f"at most {max_items} strings", len(values))
+    for value in values:
+        ok = isinstance(value, str) and 0 < len(value) <= max_chars
+        _require(ok, name, f"non-empty strings of at most {max_chars} characters", repr(value))
+
+
+def _check_token_ids(name: str, values: Sequence[int], max_items: int) -> None:
+    _require(isinstance(values, list | tuple), name, "a list of token ids", values)
+    _require(len(values) <= max_items, name, f"at most {max_items} token ids", len(values))
+    for value in values:
+        _require(_is_int(value) and 0 <= value < 2**31, name, "token ids (non-negative integers)", value)

@@ -1,0 +1,1 @@
+"""The engine process, its wire, and the frontends' side of it."""
