@@ -67,11 +67,13 @@ class Request:
 
     __slots__ = (
         "block_hashes", "block_ids", "data", "last_step_id", "num_cached_tokens", "num_computed_tokens",
-        "num_pending_tokens", "num_preemptions", "row", "scheduled_time", "status", "token_ids",
+        "num_pending_tokens", "num_preemptions", "num_prompt_logprobs", "num_published_blocks", "order",
+        "row", "scheduled_time", "status", "stop_token_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(self, data: EngineRequest) -> None:
         self.data = data
+        self.stop_token_ids = frozenset(data.stop_token_ids)
         self.token_ids: list[int] = list(data.prompt_token_ids)
         self.num_computed_tokens = 0
         """Tokens whose keys and values are computed, or will be once every launched step has run."""
@@ -81,7 +83,13 @@ class Request:
         self.row: int | None = None
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.num_published_blocks = 0
+        self.num_prompt_logprobs = 0
+        """Prompt positions whose logprobs have been sent."""
         self.last_step_id = -1
+        """The last launched step that touches the request's blocks."""
+        self.order = 0
+        """Arrival order within the engine."""
         self.num_cached_tokens: int | None = None
         self.num_preemptions = 0
         self.scheduled_time: float | None = None

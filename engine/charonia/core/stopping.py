@@ -1,0 +1,26 @@
+"""When a sequence ends, as far as token ids tell. Stop strings are the frontends' affair."""
+
+from dataclasses import dataclass
+
+from charonia.outputs import FinishReason
+from charonia.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a sequence ended; `token_id` is the stop token, if one did it."""
+
+    reason: FinishReason
+    token_id: int | None = None
+
+
+def check_stop(request: Request) -> Stop | None:
+    """Judge by the last known token. A stop token counts only from `min_tokens` on, and wins over the length."""
+    data = request.data
+    num_output = request.num_output_tokens
+    last = request.token_ids[-1]
+    if last in request.stop_token_ids and num_output >= data.sampling.min_tokens:
+        return Stop(FinishReason.STOP, last)
+    if num_output >= data.max_tokens:
+        return Stop(FinishReason.LENGTH)
+    return None
