@@ -2,7 +2,12 @@
 
 import torch
 
-from charonia_kernels.cpu import activation, linear, norm, paged_attention, rope
+from charonia_kernels.cpu.activation import KERNEL as ACTIVATION
+from charonia_kernels.cpu.linear import KERNEL as LINEAR
+from charonia_kernels.cpu.norm import KERNEL as NORM
+from charonia_kernels.cpu.paged_attention import COMBINE
+from charonia_kernels.cpu.paged_attention import KERNEL as ATTENTION
+from charonia_kernels.cpu.rope import KERNEL as ROPE
 
 
 def warm_up(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
@@ -17,11 +22,11 @@ def warm_up(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
         return
     cache = dtype if kv_dtype is None else kv_dtype
     for weight in {dtype, torch.float32}:
-        norm.KERNEL.variant(dtype, dtype, weight, False)
-        norm.KERNEL.variant(dtype, dtype, weight, True)
-    activation.KERNEL.variant(dtype, False)
-    activation.KERNEL.variant(dtype, True)
-    linear.KERNEL.variant(dtype, dtype)
-    rope.KERNEL.variant(dtype, cache)
-    paged_attention.KERNEL.variant(dtype, cache)
-    paged_attention.COMBINE.variant(dtype)
+        NORM.variant(dtype, dtype, weight, False)
+        NORM.variant(dtype, dtype, weight, True)
+    ACTIVATION.variant(dtype, False)
+    ACTIVATION.variant(dtype, True)
+    LINEAR.variant(dtype, dtype)
+    ROPE.variant(dtype, cache)
+    ATTENTION.variant(dtype, cache)
+    COMBINE.variant(dtype)
