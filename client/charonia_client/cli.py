@@ -129,8 +129,8 @@ def _print_stats(result: GenerateResult, seconds: float, first: float | None) ->
     parts = [f"{seconds:.2f} s"] if first is None else [f"first token {first:.2f} s", f"all {seconds:.2f} s"]
     if result.usage is not None:
         count = result.usage.num_output_tokens
-        parts = [f"{result.usage.num_input_tokens} tokens in", f"{count} out", *parts, f"{count / seconds:.1f}
-        tokens/s"]
+        tokens = f"{result.usage.num_input_tokens} tokens in, {count} out"
+        parts = [tokens, *parts, f"{count / seconds:.1f} tokens/s"]
     print(f"[{', '.join(parts)}]", file=sys.stderr)
 
 
@@ -139,8 +139,11 @@ def _health(client: CharoniaClient, args: argparse.Namespace) -> int:
     health = client.health(args.model, timeout=limit)
     server = client.server_metadata(timeout=limit)
     if args.json:
-        print(json.dumps({"url": client.url, **dataclasses.asdict(health), "server":
-        dataclasses.asdict(server)}))
+        print(
+            json.dumps(
+                {"url": client.url, **dataclasses.asdict(health), "server": dataclasses.asdict(server)}
+            )
+        )
     else:
         print(f"{server.name} {server.version} at {client.url}: {'ready' if health.ready else 'not ready'}")
         print(f"model {health.model!r}: {'ready' if health.model_ready else 'not ready, or not there'}")
@@ -148,8 +151,12 @@ def _health(client: CharoniaClient, args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"model": args.model, "timeout": args.timeout, "sampling_params":
-    sampling_options(args)} if args.json:
+    options: dict[str, Any] = {
+        "model": args.model,
+        "timeout": args.timeout,
+        "sampling_params": sampling_options(args),
+    }
+    if args.json:
         options["return_token_ids"] = True
     return options
 
