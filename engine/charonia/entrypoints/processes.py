@@ -37,6 +37,12 @@ def process_start_time(pid: int) -> int | None:
     return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
 
 
+def exit_status(pid: int) -> int | None:
+    """`Popen.returncode` of a zombie: a signal's number is negative. None of any other process."""
+    fields = _stat_fields(pid)
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields is not None and fields[0] == "Z" else None
+
+
 def child_processes(parent: int) -> list[int]:
     """Pids of the living children of `parent`."""
     children = []
@@ -115,11 +121,9 @@ def _pid_namespace() -> int:
     return (_PROC / "self" / "ns" / "pid").stat().st_ino
 
 
-def make_launch_folder(token: LaunchToken, purpose: str) -> Path:
-    """Create a private (0700) temporary folder that carries the token in its name."""
-    folder = _temp_root() / f"{token}_{purpose}"
-    folder.mkdir(mode=0o700)
-    return folder
+def launch_folder(token: LaunchToken, purpose: str) -> Path:
+    """Path of a temporary folder that carries the token in its name; to be made with mode 0700."""
+    return _temp_root() / f"{token}_{purpose}"
 
 
 def _temp_root() -> Path:

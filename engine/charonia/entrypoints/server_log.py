@@ -19,6 +19,7 @@ class ServerLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._start = path.stat().st_size if path.exists() else 0
+        self._read = self._start
 
     def text(self, last_bytes: int = 1 << 20) -> str:
         """What this run has written, at most the last so many bytes; empty where there is no file."""
@@ -29,6 +30,18 @@ class ServerLog:
                 return file.read().decode("utf-8", "replace")
         except FileNotFoundError:
             return ""
+
+    def new_text(self) -> str:
+        """What was written since the last call, whole lines only."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except FileNotFoundError:
+            return ""
+        data = data[: data.rfind(b"\n") + 1]
+        self._read += len(data)
+        return data.decode("utf-8", "replace")
 
     def tail(self, lines: int = 15) -> str:
         """The last lines worth reading: without the tables and blank lines that the server prints."""

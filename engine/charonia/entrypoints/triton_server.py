@@ -1,6 +1,5 @@
 """One run of a Triton server, from start to stop, with everything that belongs to it."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from charonia.entrypoints.processes import (
     LAUNCH_MARK,
     LaunchToken,
     kill_quietly,
-    make_launch_folder,
+    launch_folder,
     remove_launch,
     remove_leftovers,
 )
@@ -83,7 +82,7 @@ class TritonServer:
         self._extra_args = list(extra_args)
         self._server = server
         self._token = LaunchToken.fresh()
-        self._folder = make_launch_folder(self._token, "server")
+        self._folder = launch_folder(self._token, "server")
         self.log = ServerLog(log_path or self._folder / "server.log")
 
     @property
@@ -100,6 +99,11 @@ class TritonServer:
     def grpc_url(self) -> str:
         """Where gRPC clients connect, `host:port`."""
         return f"{connect_host(self.host)}:{self.grpc_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        """Where Prometheus scrapes `/metrics`, `host:port`."""
+        return f"{connect_host(self.host)}:{self.metrics_port}"
 
     def start(self) -> None:
         """Start the server and return at once.
@@ -119,6 +123,7 @@ class TritonServer:
                     PortUse("metrics", self.metrics_port, "--metrics-port"),
                 ],
             )
+            self._folder.mkdir(mode=0o700)
             command = [str(binary.path), *self._arguments(), *binary.prepare(self._folder), *self._extra_args]
             environment = binary.environment(os.environ)
             environment[LAUNCH_MARK] = str(self._token)
@@ -172,13 +177,18 @@ class TritonServer:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
-    def stop(self) -> None:
-        """Drain within the exit timeout, kill what is left, remove its files; safe to call again."""
+    def stop(self, hurry: threading.Event | None = None) -> None:
+        """Drain within the exit timeout, kill what is left, remove its files; safe to call again.
+
+        `hurry`, once set, ends the draining at once.
+        """
         self.request_stop()
-        if self.process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(self.exit_timeout_s + _EXIT_MARGIN_S)
-        self._clear(grace_s=_LEAVE_S)
+        deadline = time.monotonic() + self.exit_timeout_s + _EXIT_MARGIN_S
+        hurry = hurry or threading.Event()
+        while self.process is not None and self.process.poll() is None and time.monotonic() < deadline:
+            if hurry.wait(_POLL_S):
+                break
+        self._clear(grace_s=0.0 if hurry.is_set() else _LEAVE_S)
 
     def kill(self) -> None:
         """End everything at once: nothing drains. Safe to call again."""

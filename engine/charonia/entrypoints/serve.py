@@ -1,0 +1,159 @@
+"""`charonia serve`: a model in a supervised Triton server, until Ctrl-C."""
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from charonia.entrypoints.deployment import Deployment, ServeSettings
+from charonia.entrypoints.engine_flags import add_engine_flags, engine_settings
+from charonia.entrypoints.fetch_model import prepare_default_model
+from charonia.entrypoints.progress import Progress
+from charonia.entrypoints.supervisor import StopRequest, Supervised, Supervisor
+from charonia.entrypoints.triton_server import TritonServer
+
+_EXAMPLE = {"text_input": "The trumpet shell is", "stream": True, "max_tokens": 64}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `charonia serve`."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="local Hugging Face model directory (default: the embedded model)",
+    )
+    add_server_flags(parser)
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    group.add_argument("--http-port", type=int, default=8000, metavar="PORT", help="(default %(default)s)")
+    group.add_argument("--grpc-port", type=int, default=8001, metavar="PORT", help="(default %(default)s)")
+    group.add_argument("--metrics-port", type=int, default=8002, metavar="PORT", help="(default %(default)s)")
+    group.add_argument("--model-name", default="llm", metavar="NAME", help="(default %(default)s)")
+    group.add_argument(
+        "--instances",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="frontend processes that share the one engine (default %(default)s)",
+    )
+    group.add_argument("--log-file", type=Path, metavar="FILE", help="append the server's log to FILE")
+    group.add_argument(
+        "--exit-timeout",
+        type=positive_int,
+        default=30,
+        metavar="SECONDS",
+        help="time that requests in flight get to finish on Ctrl-C (default %(default)s)",
+    )
+    group.add_argument(
+        "--start-timeout",
+        type=positive_int,
+        default=600,
+        metavar="SECONDS",
+        help="time that the model may take to load (default %(default)s)",
+    )
+    add_engine_flags(parser)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags that every command that may start a server has."""
+    parser.add_argument(
+        "--server", metavar="PATH", help="tritonserver binary, or the folder it is installed in"
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show the server's log and full tracebacks"
+    )
+
+
+def positive_int(text: str) -> int:
+    """Argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal asks to stop; returns 0 then. Raises `LaunchError` where serving failed."""
+    progress = Progress(sys.stderr)
+    stop = StopRequest()
+    settings = ServeSettings(
+        model=options.model or str(prepare_default_model(progress)),
+        engine=engine_settings(options),
+        model_name=options.model_name,
+        instances=options.instances,
+        host=options.host,
+        http_port=options.http_port,
+        grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
+        server=options.server,
+        log_file=options.log_file,
+        exit_timeout_s=options.exit_timeout,
+        verbose=options.verbose,
+    )
+    with stop_on_signals(stop, progress), Deployment(settings) as deployment:
+        supervised = Supervised(
+            deployment.make_server, settings.model_name, settings.instances, deployment.runtime_dir
+        )
+        supervisor = Supervisor(supervised, stop, progress.say, ready_timeout_s=options.start_timeout)
+
+        def on_ready(server: TritonServer) -> None:
+            took_s = progress.end()
+            print(ready_message(settings, server, took_s), flush=True)
+
+        def on_poll(server: TritonServer) -> None:
+            progress.update()
+            if settings.verbose and (text := server.log.new_text()):
+                progress.say(text.rstrip("\n"))
+
+        progress.begin(f"Loading {settings.model}")
+        try:
+            supervisor.run(on_ready, on_poll)
+        finally:
+            progress.end()
+    progress.say("Stopped.")
+    return 0
+
+
+def ready_message(settings: ServeSettings, server: TritonServer, took_s: float) -> str:
+    """What a user needs to know once the server is ready, with a command to try."""
+    address = f"http://{server.http_url}"
+    url = f"{address}/v2/models/{settings.model_name}/generate_stream"
+    return "\n".join(
+        [
+            f"Ready after {took_s:.1f} s: {Path(settings.model).name} as model {settings.model_name!r}",
+            f"  HTTP {address}   gRPC {server.grpc_url}   metrics http://{server.metrics_url}/metrics",
+            "Try it:",
+            f"  curl -N {url} -d {shlex.quote(json.dumps(_EXAMPLE))}",
+            "Ctrl-C stops it.",
+        ]
+    )
+
+
+@contextmanager
+def stop_on_signals(stop: StopRequest, progress: Progress) -> Iterator[None]:
+    """Within the context, SIGINT, SIGTERM and SIGHUP ask to stop; a second one ends everything at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not stop.drain.is_set():
+            progress.end()
+            progress.say("Stopping: requests in flight may finish; once more to end at once.")
+        stop.ask()
+
+    # Whoever started us with a signal ignored (nohup) wants it ignored.
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
