@@ -1,75 +1,68 @@
-"""Compile-and-launch layer of the CPU kernels.
+"""What every CPU kernel is made with: the jit decorators, the argument record, and the launch.
 
-A kernel is a C function ``void(Args *)`` that numba compiles once for each combination of element types. Its workers
-claim work items from a shared counter, so the same function runs on one thread (a plain call) or on many: parallel
-launches enter PyTorch's own OpenMP pool through ``GOMP_parallel``. One pool for both means that no second set of
-threads spins against it, that nothing has to be configured, and that ``torch.set_num_threads`` governs the kernels too.
-
-Machine code is cached on disk where numba finds a writable place, keyed by CPU and by the sources of this package;
-where there is none, it is compiled anew in each process.
+A kernel is a C function ``void(Args *)`` that numba compiles once for each combination of element types. Whoever runs
+it claims work items from a counter in the record, so that the same function runs on one thread (a plain call) or on
+several (through the pool), and the split of the work follows the threads that are really there.
 """
 
 import ctypes
-import hashlib
 import threading
-import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba.core.errors import NumbaWarning
 
-JIT_OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy", "nogil": True}
-# Not "fast": NaN and infinity keep their meaning.
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+from charonia_kernels.cpu._compile import FAST_MATH, SOURCE_DIGEST, compile_cached
+from charonia_kernels.cpu._pool import Pool
+
+__all__ = ["ELEMENT", "FLOAT", "INT", "SOURCE_DIGEST", "WORK", "Kernel", "jit", "strict_jit", "workers_for"]
 
 ELEMENT: dict[torch.dtype, Any] = {torch.float32: numba.float32, torch.bfloat16: numba.uint16}
 """Storage type of each supported dtype; numba has no bf16, so its bits travel as uint16."""
 
-
-def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A helper that kernels call; compiled as part of them, with reassociating float arithmetic."""
-    return numba.njit(fastmath=FAST_MATH, **JIT_OPTIONS)(function)  # type: ignore[no-any-return]
-
-
-def strict_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A helper whose float operations keep the order they are written in."""
-    return numba.njit(fastmath={"contract", "nsz"}, **JIT_OPTIONS)(function)  # type: ignore[no-any-return]
-
-
-def _source_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-SOURCE_DIGEST = _source_digest()
-"""Part of every cache key: numba watches only the file of the entry function, not those of the helpers it calls."""
-
-
 INT = ctypes.c_int64
 FLOAT = ctypes.c_double
 WORK: list[tuple[str, type]] = [("next_item", INT), ("next_worker", INT), ("num_items", INT)]
-"""First fields of every argument record: counters that the workers share (both start at 0), and the end of the work."""
+"""First fields of every argument record: counters that the workers share (both start at 0), and the end of
+the work."""
+
+_JIT_OPTIONS: dict[str, Any] = {"boundscheck": False, "error_model": "numpy", "nogil": True}
+# Handing work to another thread takes a few microseconds: so many elementary operations must be there to share.
+_INLINE_WORK = 16384
 
 
-def _gomp_parallel() -> Any:
-    """``GOMP_parallel`` of the OpenMP runtime that torch loaded, or None where that runtime has no GNU entry points."""
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    function.restype = None
-    return function
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A helper that kernels call, compiled as part of them; sums may be reassociated."""
+    return numba.njit(fastmath=set(FAST_MATH), **_JIT_OPTIONS)(function)  # type: ignore[no-any-return]
 
 
-_GOMP_PARALLEL = _gomp_parallel()
-_COMPILE_LOCK = threading.Lock()
+def strict_jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As :func:`jit`, but float operations keep the order they are written in."""
+    return numba.njit(fastmath={"contract", "nsz"}, **_JIT_OPTIONS)(function)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1)
+def pool() -> Pool:
+    """The pool of this process."""
+    return Pool()
+
+
+def workers_for(work: int, items: int) -> int:
+    """Threads for ``work`` elementary operations in ``items`` pieces: one when sharing would not pay."""
+    return 1 if work < _INLINE_WORK else min(items, torch.get_num_threads())
+
+
+class _Variant:
+    """One compiled entry function: its address for the pool, and a plain call."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.keep_alive = compiled
+        self.address: int = compiled.address
+        # PYFUNCTYPE keeps the GIL: a call of a few microseconds must not queue for it afterwards.
+        self.call = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
 
 
 class Kernel:
@@ -77,54 +70,28 @@ class Kernel:
 
     Args:
         args: the ctypes record that launches fill; its first fields are those of :data:`WORK`.
-        build: given the element types of a variant (and any integer constants), returns the entry function, whose
-            only argument is the record.
+        build: given the element types of a variant (and any constants), returns the entry function, whose only
+            argument is the record.
     """
 
     def __init__(self, args: type[ctypes.Structure], build: Callable[..., Callable[[Any], None]]) -> None:
         self._signature = numba.void(numba.types.CPointer(numba.from_dtype(np.dtype(args))))
         self._build = build
-        self._variants: dict[tuple[Any, ...], tuple[int, Any, Any]] = {}
+        self._variants: dict[tuple[Any, ...], _Variant] = {}
+        self._compiling = threading.Lock()
 
-    def variant(self, *key: Any) -> tuple[int, Any, Any]:
-        """Compile, or load, the variant of these element dtypes and constants: (address, inline call, keep-alive)."""
-        found = self._variants.get(key)
-        return self._compile(key) if found is None else found
-
-    def _compile(self, key: tuple[Any, ...]) -> tuple[int, Any, Any]:
-        with _COMPILE_LOCK:
-            if key in self._variants:
-                return self._variants[key]
-            entry = self._build(*(ELEMENT[part] if isinstance(part, torch.dtype) else part for part in key))
-            compiled = _compile_cached(entry, self._signature)
-            # PYFUNCTYPE keeps the GIL: a call of a few microseconds must not queue for it afterwards.
-            inline = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-            self._variants[key] = (compiled.address, inline, compiled)
+    def prepare(self, *key: Any) -> _Variant:
+        """Compile, or load, the variant of these dtypes and constants, unless that is done."""
+        with self._compiling:
+            if key not in self._variants:
+                parts = (ELEMENT[part] if isinstance(part, torch.dtype) else part for part in key)
+                self._variants[key] = _Variant(compile_cached(self._build(*parts), self._signature))
             return self._variants[key]
 
     def launch(self, key: tuple[Any, ...], args: ctypes.Structure, threads: int) -> None:
-        """Run the variant on ``threads`` threads; one runs inline, more enter torch's pool and release the GIL."""
-        address, inline, _ = self._variants.get(key) or self._compile(key)
-        if threads > 1 and _GOMP_PARALLEL is not None:
-            _GOMP_PARALLEL(address, ctypes.addressof(args), threads, 0)
+        """Run a variant until its work is done, on this thread and up to ``threads - 1`` others."""
+        variant = self._variants.get(key) or self.prepare(*key)
+        if threads > 1:
+            pool().run(variant.address, ctypes.addressof(args), threads)
         else:
-            inline(ctypes.addressof(args))
-
-
-def _compile_cached(entry: Callable[[Any], None], signature: Any) -> Any:
-    options = {"fastmath": FAST_MATH, "boundscheck": False, "error_model": "numpy"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumbaWarning)
-        try:
-            return numba.cfunc(signature, cache=True, **options)(entry)
-        except (RuntimeError, OSError):  # no writable cache folder
-            return numba.cfunc(signature, cache=False, **options)(entry)
-
-
-# Waking and joining the pool takes a few microseconds: so many elementary operations must be there to share.
-_INLINE_WORK = 16384
-
-
-def workers_for(work: int, items: int) -> int:
-    """Threads for ``work`` elementary operations in ``items`` pieces: one when sharing would not pay."""
-    return 1 if work < _INLINE_WORK else min(items, torch.get_num_threads())
+            variant.call(ctypes.addressof(args))

@@ -2,6 +2,7 @@
 
 import torch
 
+from charonia_kernels.cpu._jit import pool
 from charonia_kernels.cpu.activation import KERNEL as ACTIVATION
 from charonia_kernels.cpu.linear import KERNEL as LINEAR
 from charonia_kernels.cpu.norm import KERNEL as NORM
@@ -20,13 +21,14 @@ def warm_up(dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> None:
     """
     if dtype not in (torch.float32, torch.bfloat16):
         return
+    pool()
     cache = dtype if kv_dtype is None else kv_dtype
     for weight in {dtype, torch.float32}:
-        NORM.variant(dtype, dtype, weight, False)
-        NORM.variant(dtype, dtype, weight, True)
-    ACTIVATION.variant(dtype, False)
-    ACTIVATION.variant(dtype, True)
-    LINEAR.variant(dtype, dtype)
-    ROPE.variant(dtype, cache)
-    ATTENTION.variant(dtype, cache)
-    COMBINE.variant(dtype)
+        NORM.prepare(dtype, dtype, weight, False)
+        NORM.prepare(dtype, dtype, weight, True)
+    ACTIVATION.prepare(dtype, False)
+    ACTIVATION.prepare(dtype, True)
+    LINEAR.prepare(dtype, dtype)
+    ROPE.prepare(dtype, cache)
+    ATTENTION.prepare(dtype, cache)
+    COMBINE.prepare(dtype)
