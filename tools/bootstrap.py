@@ -72,8 +72,8 @@ _PIP_FAILURES = (
     ),
     _PipFailure(
         r"No matching distribution found|is not a supported wheel on this platform",
-        "a package has no wheel for this platform and Python",
-        "use Linux on x86_64 with Python 3.11 or 3.12, or set PYTHON= to the other of the two",
+        "the package index has no wheel of a package for this platform and Python",
+        "check which index pip uses (pip config list), or set PYTHON= to the other of Python 3.11 and 3.12",
     ),
     _PipFailure(
         r"Permission denied|Read-only file system",
@@ -265,9 +265,11 @@ def _install(torch_index: str) -> None:
                 print(f"  {shown}", flush=True)
     if pip.returncode != 0:
         output = LOG.read_text(encoding="utf-8")
-        print("".join(f"  | {line}\n" for line in output.splitlines()[-12:]), file=sys.stderr)
         _diagnose(output)
-        raise SetupError(f"pip failed with status {pip.returncode}", f"see the lines above and {LOG}")
+        last_lines = "\n".join(f"  | {line}" for line in output.splitlines()[-12:])
+        raise SetupError(
+            f"pip failed with status {pip.returncode}:\n{last_lines}", f"see the whole log, {LOG}"
+        )
 
 
 def _headline(line: str) -> str:
@@ -283,7 +285,7 @@ def _diagnose(output: str) -> None:
     """Raise the failure that ``output`` tells of, if it is a known one."""
     for failure in _PIP_FAILURES:
         if found := re.search(f".*(?:{failure.pattern}).*", output):
-            raise SetupError(f"{failure.cause} ({found.group().strip()})", failure.mend)
+            raise SetupError(f"{failure.cause} ({found.group().strip()[:200]})", failure.mend)
 
 
 if __name__ == "__main__":

