@@ -94,9 +94,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"'max_num_seqs' ({self.max_num_seqs}), so that every running sequence can advance in a step"
             )
         if self.tensor_parallel_size != 1:
-            raise ConfigError("engine setting 'tensor_parallel_size' must be 1: this build runs on one device")
+            raise ConfigError(
+                "engine setting 'tensor_parallel_size' must be 1: this build runs on one device"
+            )
         if self.enable_lora:
-            raise ConfigError("engine setting 'enable_lora' must be false: this build serves no LoRA adapters")
+            raise ConfigError(
+                "engine setting 'enable_lora' must be false: this build serves no LoRA adapters"
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "EngineConfig":
@@ -104,7 +108,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         known = {field.name for field in msgspec.structs.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ConfigError(f"unknown engine setting {unknown[0]!r}; known settings: {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"unknown engine setting {unknown[0]!r}; known settings: {', '.join(sorted(known))}"
+            )
         try:
             return msgspec.convert(dict(values), cls)
         except ConfigError:

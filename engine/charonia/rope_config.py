@@ -6,19 +6,20 @@ Both forms are read: `rope_parameters` (which holds theta, and may be nested by 
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+
 from charonia.errors import ModelLoadError
 
 
-class LinearScaling(msgspec.Struct, frozen=True, tag="linear"):
+class LinearScaling(msgspec.Struct, frozen=True):
     """Position interpolation (Chen et al., 2023): every frequency is divided by `factor`."""
 
     factor: float
 
 
-class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
+class Llama3Scaling(msgspec.Struct, frozen=True):
     """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
 
     factor: float
@@ -27,16 +28,18 @@ class Llama3Scaling(msgspec.Struct, frozen=True, tag="llama3"):
     original_max_position_embeddings: int
 
 
-class YarnScaling(msgspec.Struct, frozen=True, tag="yarn"):
+class YarnScaling(msgspec.Struct, frozen=True):
     """YaRN (Peng et al., 2023): a ramp over the frequencies, from kept to interpolated, and a temperature."""
 
     factor: float
     original_max_position_embeddings: int
     attention_factor: float
     """Multiplies cosines and sines."""
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+    beta_fast: float
+    """Pairs that turn more often within the original context are kept."""
+    beta_slow: float
+    """Pairs that turn less often are interpolated."""
+    truncate: bool
     """Round the ends of the ramp to whole dimensions."""
 
 
@@ -54,8 +57,8 @@ class RopeConfig(msgspec.Struct, frozen=True):
     def max_position(self, max_position_embeddings: int) -> int:
         """Context length in tokens: `max_position_embeddings`, stretched where scaling extends it.
 
-        By the convention of the older form, linear scaling multiplies what config.json states. YaRN multiplies
-        the original length, unless config.json already states more.
+        By convention, linear scaling multiplies the stated length. YaRN multiplies the original
+        length, unless config.json already states more.
         """
         match self.scaling:
             case LinearScaling(factor=factor):
@@ -66,57 +69,90 @@ class RopeConfig(msgspec.Struct, frozen=True):
                 return max_position_embeddings
 
 
-def parse_rope(
-    parameters: Mapping[str, Any], *, default_theta: float, max_position_embeddings: int
-) -> RopeConfig:
+def parse_rope(parameters: Mapping[str, Any], *, theta: float, max_position_embeddings: int) -> RopeConfig:
     """Read one flat dict of rope parameters (`rope_type` or the older `type`, and that type's own keys).
 
     Args:
         parameters: the dict; empty means the default type.
-        default_theta: base if the dict holds no `rope_theta`.
+        theta: base if the dict holds no `rope_theta`.
         max_position_embeddings: stands in for a missing `original_max_position_embeddings`.
 
     Raises:
-        ModelLoadError: an unknown type, or a missing or mistyped key; the message names it.
+        ModelLoadError: an unknown type, or a missing or bad key; the message names it.
     """
-    given = {key: value for key, value in parameters.items() if value is not None}
-    rope_type = given.get("rope_type", given.get("type", "default"))
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ModelLoadError(
-            f"config.json: rope type {rope_type!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelLoadError("config.json: 'partial_rotary_factor' other than 1 is not supported")
-    given.setdefault("original_max_position_embeddings", max_position_embeddings)
-    if rope_type == "yarn":
-        _complete_yarn(given, max_position_embeddings)
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     try:
-        theta = msgspec.convert(given.get("rope_theta", default_theta), float)
-        if rope_type == "default":
-            return RopeConfig(theta)
-        scaling: RopeScaling = msgspec.convert({**given, "type": rope_type}, RopeScaling)
+        raw = msgspec.convert(dict(parameters), _RawRope)
     except msgspec.ValidationError as error:
-        raise ModelLoadError(f"config.json: bad rope parameters of type {rope_type!r}: {error}") from None
-    if scaling.factor < 1.0:
-        raise ModelLoadError(f"config.json: rope scaling factor must be at least 1, got {scaling.factor}")
-    return RopeConfig(theta, scaling)
-
-
-def _complete_yarn(given: dict[str, Any], max_position_embeddings: int) -> None:
-    """Fill in what YaRN derives: the factor from the context lengths, the attention factor from that."""
-    try:
-        given.setdefault("factor", max_position_embeddings / given["original_max_position_embeddings"])
-        if "attention_factor" in given:
-            return
-        mscale, mscale_all_dim = given.get("mscale"), given.get("mscale_all_dim")
-        if mscale and mscale_all_dim:
-            given["attention_factor"] = _mscale(given["factor"], mscale) / _mscale(
-                given["factor"], mscale_all_dim
+        raise ModelLoadError(f"config.json: bad rope parameters: {error}") from None
+    if raw.partial_rotary_factor not in (None, 1.0):
+        raise ModelLoadError("config.json: 'partial_rotary_factor' other than 1 is not supported")
+    base = raw.rope_theta or theta
+    original = raw.original_max_position_embeddings or max_position_embeddings
+    match rope_type:
+        case "default":
+            return RopeConfig(base)
+        case "linear":
+            return RopeConfig(base, LinearScaling(_required(raw.factor, "factor", rope_type)))
+        case "llama3":
+            factor = _required(raw.factor, "factor", rope_type)
+            low = _required(raw.low_freq_factor, "low_freq_factor", rope_type)
+            high = _required(raw.high_freq_factor, "high_freq_factor", rope_type)
+            if low >= high:
+                raise ModelLoadError(
+                    "config.json: rope's 'low_freq_factor' must be below its 'high_freq_factor'"
+                )
+            return RopeConfig(base, Llama3Scaling(factor, low, high, original))
+        case "yarn":
+            return RopeConfig(base, _yarn(raw, original, max_position_embeddings))
+        case _:
+            raise ModelLoadError(
+                f"config.json: rope type {rope_type!r} is not supported; supported are "
+                f"{', '.join(SUPPORTED_ROPE_TYPES)}"
             )
-        else:
-            given["attention_factor"] = _mscale(given["factor"], 1.0)
-    except (TypeError, ZeroDivisionError):
-        raise ModelLoadError("config.json: rope parameters of type 'yarn' must be positive numbers") from None
+
+
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_AtLeastOne = Annotated[float, msgspec.Meta(ge=1)]
+
+
+class _RawRope(msgspec.Struct, frozen=True):
+    """The keys of all types. Unknown keys are ignored."""
+
+    rope_theta: Annotated[float, msgspec.Meta(gt=1)] | None = None
+    partial_rotary_factor: float | None = None
+    factor: _AtLeastOne | None = None
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    low_freq_factor: _Positive | None = None
+    high_freq_factor: _Positive | None = None
+    attention_factor: _Positive | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    beta_fast: _Positive | None = None
+    beta_slow: _Positive | None = None
+    truncate: bool | None = None
+
+
+def _required(value: float | None, key: str, rope_type: str) -> float:
+    if value is None:
+        raise ModelLoadError(f"config.json: rope parameters of type {rope_type!r} lack {key!r}")
+    return value
+
+
+def _yarn(raw: _RawRope, original: int, max_position_embeddings: int) -> YarnScaling:
+    """Fill in what YaRN derives: the factor from the context lengths, the attention factor from that."""
+    factor = raw.factor or max_position_embeddings / original
+    attention_factor = raw.attention_factor
+    if attention_factor is None and raw.mscale and raw.mscale_all_dim:
+        attention_factor = _mscale(factor, raw.mscale) / _mscale(factor, raw.mscale_all_dim)
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=original,
+        attention_factor=attention_factor or _mscale(factor, 1.0),
+        beta_fast=raw.beta_fast or 32.0,
+        beta_slow=raw.beta_slow or 1.0,
+        truncate=raw.truncate is not False,
+    )
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -20,7 +20,9 @@ MAX_ALLOWED_TOKEN_IDS = 1 << 19
 GREEDY_TEMPERATURE = 1e-5
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """How to continue one prompt. Raises `InvalidRequestError` that names the offending field.
 
     n: sequences to generate. temperature: 0 is greedy. top_k: 0 or -1 keeps all tokens. seed: makes the request
@@ -153,7 +155,14 @@ def _validate(p: SamplingParams) -> None:
 
 
 def _validate_scalars(p: SamplingParams) -> None:
-    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
         value = getattr(p, name)
         _require(isinstance(value, int | float) and math.isfinite(value), name, "a finite number", value)
     for name in ("n", "top_k", "min_tokens"):
@@ -176,7 +185,9 @@ def _validate_scalars(p: SamplingParams) -> None:
     _require(p.max_tokens is None or 1 <= p.max_tokens < 2**31, "max_tokens", "at least 1", p.max_tokens)
     _require(p.min_tokens >= 0, "min_tokens", "at least 0", p.min_tokens)
     if p.max_tokens is not None:
-        _require(p.min_tokens <= p.max_tokens, "min_tokens", f"at most max_tokens ({p.max_tokens})", p.min_tokens)
+        _require(
+            p.min_tokens <= p.max_tokens, "min_tokens", f"at most max_tokens ({p.max_tokens})", p.min_tokens
+        )
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(p, name)
         _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}", value)
@@ -191,7 +202,12 @@ def _validate_lists(p: SamplingParams) -> None:
         _require(len(p.allowed_token_ids) > 0, "allowed_token_ids", "not empty", p.allowed_token_ids)
         _check_token_ids("allowed_token_ids", p.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
     _require(isinstance(p.logit_bias, dict), "logit_bias", "an object of token id to bias", p.logit_bias)
-    _require(len(p.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries", len(p.logit_bias))
+    _require(
+        len(p.logit_bias) <= MAX_LOGIT_BIAS,
+        "logit_bias",
+        f"at most {MAX_LOGIT_BIAS} entries",
+        len(p.logit_bias),
+    )
     _check_token_ids("logit_bias", list(p.logit_bias), MAX_LOGIT_BIAS)
     for bias in p.logit_bias.values():
         ok = isinstance(bias, int | float) and -100.0 <= bias <= 100.0

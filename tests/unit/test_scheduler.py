@@ -3,9 +3,6 @@
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from charonia.config import SchedulerConfig
 from charonia.core.block_pool import NULL_BLOCK
 from charonia.core.engine_core import EngineCore
@@ -15,6 +12,8 @@ from charonia.errors import InvalidRequestError, QueueFullError
 from charonia.outputs import FinishReason, TokenLogprobs
 from charonia.request import EngineRequest, TokenDelta
 from charonia.sampling_params import SamplingParams
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 EOS = 7
 
@@ -89,7 +88,9 @@ class FakeDevice:
     def _enter(self, new: NewRow) -> None:
         assert new.row not in self.rows, "a row has one owner"
         assert 0 <= new.row < self.config.max_num_seqs
-        self.rows[new.row] = Row(list(new.token_ids), list(new.block_ids), new.num_computed_tokens, new.num_prompt_tokens)
+        self.rows[new.row] = Row(
+            list(new.token_ids), list(new.block_ids), new.num_computed_tokens, new.num_prompt_tokens
+        )
 
     def _write(self, plan: StepPlan) -> None:
         """All writes of a layer come before its reads, as on the device."""
@@ -112,7 +113,12 @@ class FakeDevice:
 
 
 def request(request_id: int, prompt: list[int], max_tokens: int = 5, **kwargs: object) -> EngineRequest:
-    values: dict[str, object] = {"seed": 0, "arrival_time": 0.0, "sampling": SamplingParams(), "stop_token_ids": [EOS]}
+    values: dict[str, object] = {
+        "seed": 0,
+        "arrival_time": 0.0,
+        "sampling": SamplingParams(),
+        "stop_token_ids": [EOS],
+    }
     return EngineRequest(
         request_id=request_id, prompt_token_ids=prompt, max_tokens=max_tokens, **{**values, **kwargs}  # type: ignore[arg-type]
     )  # fmt: skip
@@ -333,7 +339,8 @@ def test_queue_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "max_tokens", "match"), [([], 5, "at least one"), ([1], 0, "at least one"), ([1] * 40, 9, "exceed")]
+    ("prompt", "max_tokens", "match"),
+    [([], 5, "at least one"), ([1], 0, "at least one"), ([1] * 40, 9, "exceed")],
 )
 def test_impossible_requests_are_refused(prompt: list[int], max_tokens: int, match: str) -> None:
     harness = Harness(config())
@@ -351,7 +358,10 @@ def test_deadlines_end_waiting_and_running_requests() -> None:
     harness.step()
     harness.now = 6.0
     harness.drain()
-    assert all(end.finish_reason is FinishReason.ABORT and end.error == "deadline exceeded" for end in harness.ends.values())
+    assert all(
+        end.finish_reason is FinishReason.ABORT and end.error == "deadline exceeded"
+        for end in harness.ends.values()
+    )
 
 
 def test_blocks_wait_for_the_step_in_flight() -> None:
@@ -382,10 +392,11 @@ def test_prompt_logprobs_are_not_repeated_after_preemption() -> None:
         starts[item.row] = (end, prompt_len)
         entries = [TokenLogprobs([p + 1], [0.0], 1) for p in range(start, min(end, prompt_len - 1))]
         wants = prompt_len == 10
-        scheduler.update(StepResult(plan.step_id, [1] * item.samples, prompt_logprobs={item.row: entries} if wants else {}))
+        scheduler.update(
+            StepResult(plan.step_id, [1] * item.samples, prompt_logprobs={item.row: entries} if wants else {})
+        )
         for delta in scheduler.take_deltas():
-            for entry in delta.prompt_logprobs or []:
-                seen.append(entry.token_ids[0])
+            seen.extend(entry.token_ids[0] for entry in delta.prompt_logprobs or [])
 
     starts: dict[int, tuple[int, int]] = {}
     run_step()

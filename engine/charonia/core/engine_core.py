@@ -55,7 +55,9 @@ class EngineCore:
         """Queue a request. Raises `QueueFullError` or `InvalidRequestError`."""
         self._scheduler.add(request)
 
-    def abort(self, request_id: int, message: str = "cancelled", code: ErrorCode = ErrorCode.CANCELLED) -> None:
+    def abort(
+        self, request_id: int, message: str = "cancelled", code: ErrorCode = ErrorCode.CANCELLED
+    ) -> None:
         """End a request in whatever state it is; a last delta says so. Unknown ids are ignored."""
         self._scheduler.abort(request_id, message, code)
 

@@ -124,8 +124,4 @@ class KVManager:
                 self._deferred.append((last_step, blocks))
 
     def _extend_hashes(self, request: Request) -> None:
-        if not request.block_hashes:
-            root = self._hasher.root(salt=request.data.cache_salt)
-        else:
-            root = b""
-        self._hasher.extend(request.block_hashes, root, request.token_ids)
+        self._hasher.extend(request.block_hashes, request.token_ids, salt=request.data.cache_salt)

@@ -22,17 +22,21 @@ class BlockHasher:
         self._block_size = block_size
         self._key = secrets.token_bytes(32)
 
-    def root(self, *, adapter: str = "", salt: str = "") -> BlockHash:
+    def _root(self, adapter: str, salt: str) -> BlockHash:
         """The parent of a sequence's first block."""
         # Lengths delimit the fields, so that no two pairs share an encoding.
         parts = [part.encode("utf-8", "surrogatepass") for part in (adapter, salt)]
         data = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
         return blake2b(data, digest_size=HASH_BYTES, key=self._key, person=b"root").digest()
 
-    def extend(self, hashes: list[BlockHash], root: BlockHash, token_ids: Sequence[int]) -> None:
+    def extend(
+        self, hashes: list[BlockHash], token_ids: Sequence[int], *, adapter: str = "", salt: str = ""
+    ) -> None:
         """Append the hashes of all full blocks of `token_ids` that `hashes` does not hold yet."""
         size = self._block_size
-        parent = hashes[-1] if hashes else root
+        if len(hashes) >= len(token_ids) // size:
+            return
+        parent = hashes[-1] if hashes else self._root(adapter, salt)
         for start in range(len(hashes) * size, len(token_ids) - size + 1, size):
             tokens = array("i", token_ids[start : start + size]).tobytes()
             parent = blake2b(parent + tokens, digest_size=HASH_BYTES, key=self._key).digest()

@@ -117,7 +117,9 @@ class Scheduler:
             raise InvalidRequestError(f"request id {data.request_id} is in use")
         if len(self._waiting) >= self._config.max_waiting_requests:
             self._stats.requests_refused += 1
-            raise QueueFullError(f"the waiting queue is full ({self._config.max_waiting_requests} requests); retry later")
+            raise QueueFullError(
+                f"the waiting queue is full ({self._config.max_waiting_requests} requests); retry later"
+            )
         request = Request(data)
         request.order = self._next_order
         self._next_order += 1
@@ -126,14 +128,19 @@ class Scheduler:
         if data.deadline is not None:
             heapq.heappush(self._deadlines, (data.deadline, data.request_id))
 
-    def abort(self, request_id: int, message: str = "cancelled", code: ErrorCode = ErrorCode.CANCELLED) -> None:
+    def abort(
+        self, request_id: int, message: str = "cancelled", code: ErrorCode = ErrorCode.CANCELLED
+    ) -> None:
         """End a request in whatever state it is; unknown and finished ones are ignored."""
         request = self._requests.get(request_id)
         if request is not None:
             self._finish(request, FinishReason.ABORT)
             self._deltas.append(
                 TokenDelta(
-                    request_id=request_id, finish_reason=FinishReason.ABORT, error=message, error_code=code.value
+                    request_id=request_id,
+                    finish_reason=FinishReason.ABORT,
+                    error=message,
+                    error_code=code.value,
                 )
             )
 
@@ -184,7 +191,9 @@ class Scheduler:
         self._next_step_id += 1
         self._launched.append(_Launched(step.step_id, shares))
         freed, self._freed_rows = self._freed_rows, []
-        plan = StepPlan(step.step_id, [share.item for share in shares], step.new_rows, step.block_deltas, freed)
+        plan = StepPlan(
+            step.step_id, [share.item for share in shares], step.new_rows, step.block_deltas, freed
+        )
         self._stats.steps += 1
         self._stats.scheduled_tokens += plan.num_tokens
         return plan
@@ -322,9 +331,16 @@ class Scheduler:
         data = request.data
         step.new_rows.append(
             NewRow(
-                row, request.token_ids.copy(), request.num_prompt_tokens, request.block_ids.copy(),
-                request.num_computed_tokens, data.sampling, data.seed, data.stop_token_ids, data.bad_words,
-            )  # fmt: skip
+                row,
+                request.token_ids.copy(),
+                request.num_prompt_tokens,
+                request.block_ids.copy(),
+                request.num_computed_tokens,
+                data.sampling,
+                data.seed,
+                data.stop_token_ids,
+                data.bad_words,
+            )
         )
         step.advance(request, num_tokens)
         self._kv.publish(request)
@@ -349,18 +365,22 @@ class Scheduler:
         if row in result.failed_rows:
             self._kv.unpublish(request)
             self._finish(request, FinishReason.ERROR)
-            message = "the model produced non-finite logits for this request"
+            message = "no token can be sampled: the logits are not finite, or every token is excluded"
             self._deltas.append(
                 TokenDelta(
-                    request_id=request.request_id, finish_reason=FinishReason.ERROR, error=message,
+                    request_id=request.request_id,
+                    finish_reason=FinishReason.ERROR,
+                    error=message,
                     error_code=ErrorCode.INTERNAL.value,
-                )  # fmt: skip
+                )
             )
             return
         prompt_logprobs = self._new_prompt_logprobs(share, result)
         if token_id is None:
             if prompt_logprobs:
-                self._deltas.append(TokenDelta(request_id=request.request_id, prompt_logprobs=prompt_logprobs))
+                self._deltas.append(
+                    TokenDelta(request_id=request.request_id, prompt_logprobs=prompt_logprobs)
+                )
             return
         first = request.num_output_tokens == 0
         request.token_ids.append(token_id)

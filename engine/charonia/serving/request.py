@@ -42,7 +42,7 @@ class OutputSink(Protocol):
     """
 
     def on_output(self, output: RequestOutput) -> None:
-        """Take a delta: each entry of `outputs` holds what is new of one sequence; sequences without news are absent."""
+        """Take a delta: `outputs` holds what is new of each sequence that has news."""
 
     def on_error(self, error: CharoniaError) -> None:
         """Take the error that ended the request."""

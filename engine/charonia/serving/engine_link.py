@@ -1,0 +1,139 @@
+"""A frontend's connection to one engine process."""
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import zmq
+
+from charonia.config import EngineConfig
+from charonia.errors import EngineDeadError, ErrorCode, ModelLoadError, error_from_code
+from charonia.serving import wire
+from charonia.serving.engine_home import EngineDir, EngineHome
+from charonia.serving.processes import open_pidfd, wait_for_exit
+
+POLL_S = 0.02
+EXIT_TIMEOUT_S = 15.0
+
+
+class EngineLostError(EngineDeadError):
+    """The engine process has ended, or does not answer."""
+
+
+class EngineLink:
+    """Socket and pidfd of one engine. Used by one thread. `open` connects; every wait notices the engine's death."""
+
+    def __init__(self, home: EngineHome, directory: EngineDir, member: str, pid: int, pidfd: int) -> None:
+        self._home = home
+        self._directory = directory
+        self._member = member
+        self._pid = pid
+        self._pidfd = pidfd
+        self._left = False
+        self._client_index = 0
+        self._next_id = 0
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(directory.socket_address)
+
+    @classmethod
+    def open(
+        cls,
+        home: EngineHome,
+        config: EngineConfig,
+        member: str,
+        owner_pid: int,
+        cancelled: Callable[[], bool],
+    ) -> "EngineLink":
+        """Join or start the engine and wait until it is ready.
+
+        Raises the engine's own error if it failed to start, `EngineLostError` if it died, or `EngineDeadError` when
+        `cancelled()` turned true meanwhile.
+        """
+        directory = home.join(config, member, owner_pid)
+        status = directory.read_status()
+        assert status is not None, "an engine has a status from its first moment"
+        pidfd = open_pidfd(status.pid)
+        if pidfd is None:
+            raise EngineLostError("the engine process ended while starting")
+        link = cls(home, directory, member, status.pid, pidfd)
+        try:
+            link._wait_ready(cancelled)
+        except BaseException:
+            link.close()
+            raise
+        return link
+
+    def _wait_ready(self, cancelled: Callable[[], bool]) -> None:
+        while True:
+            ended = wait_for_exit(self._pidfd, POLL_S)
+            status = self._directory.read_status()
+            if status is not None and status.state == "ready" and not ended:
+                break
+            if status is not None and status.state == "failed":
+                code = ErrorCode(status.error_code or ErrorCode.INTERNAL)
+                message = status.error or "the engine could not start"
+                raise (
+                    ModelLoadError(message)
+                    if code is ErrorCode.INVALID_ARG
+                    else error_from_code(code, message)
+                )
+            if ended:
+                raise EngineLostError("the engine process ended while starting; its log says why")
+            if cancelled():
+                raise EngineDeadError("shut down while the engine was starting")
+        self.send(wire.Hello(os.getpid()))
+        while not self._client_index:
+            self.wait(None, 1.0)
+
+    def wait(self, wake_fd: int | None, timeout_s: float) -> list[wire.OutputFrame]:
+        """Frames that have arrived; waits until there are some, `wake_fd` is readable, or time is up.
+
+        Raises `EngineLostError`, but only after every frame that the engine has sent was returned.
+        """
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._pidfd, zmq.POLLIN)
+        if wake_fd is not None:
+            poller.register(wake_fd, zmq.POLLIN)
+        events = dict(poller.poll(timeout_s * 1000))
+        frames: list[wire.OutputFrame] = []
+        if self._socket in events:
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    message = wire.decode_to_frontend(self._socket.recv(zmq.NOBLOCK))
+                    if isinstance(message, wire.Welcome):
+                        self._client_index = message.client_index
+                    else:
+                        frames.append(message)
+        if not frames and self._pidfd in events:
+            raise EngineLostError(f"the engine process (pid {self._pid}) ended unexpectedly")
+        return frames
+
+    def send(self, message: wire.ToEngine) -> None:
+        """Queue a message; never blocks."""
+        self._socket.send(wire.encode(message))
+
+    def take_ids(self, count: int) -> int:
+        """The first of `count` consecutive request ids that no other request of the engine has."""
+        first, self._next_id = self._next_id, self._next_id + count
+        return self._client_index << wire.CLIENT_SHIFT | first
+
+    def leave(self) -> None:
+        """Say goodbye; if this was the last frontend, wait until the engine is gone, and kill it if it stays."""
+        self._left = True
+        last = self._home.leave(self._directory, self._member)
+        self.send(wire.Bye())
+        if last and not wait_for_exit(self._pidfd, EXIT_TIMEOUT_S):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, 9)
+            wait_for_exit(self._pidfd, EXIT_TIMEOUT_S)
+
+    def close(self) -> None:
+        """Release the socket; the frontend is no longer a member."""
+        if not self._left:
+            self._home.leave(self._directory, self._member)
+        self._socket.close()
+        os.close(self._pidfd)

@@ -1,0 +1,249 @@
+"""The engine process: the step loop, fed and read over a socket. `python -m charonia.serving.engine_process DIR`."""
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import zmq
+
+from charonia.core.engine_core import EngineCore
+from charonia.errors import CharoniaError, ErrorCode
+from charonia.model_config import ModelConfig
+from charonia.outputs import FinishReason
+from charonia.request import TokenDelta
+from charonia.serving import wire
+from charonia.serving.engine_builder import build_engine
+from charonia.serving.engine_home import EngineDir, EngineHome, EngineStatus
+from charonia.serving.processes import die_with_parent, open_pidfd
+from charonia.serving.watchdog import Watchdog
+
+logger = logging.getLogger("charonia.engine")
+
+STATS_INTERVAL_S = 0.25
+IDLE_POLL_MS = 1000
+FIRST_MEMBER_TIMEOUT_S = 60.0
+MAX_QUEUED_FRAMES = 100_000
+"""Frames that a frontend may leave unread before it is taken for dead."""
+
+
+@dataclass(slots=True)
+class _Client:
+    """An attached frontend."""
+
+    identity: bytes
+    pidfd: int | None
+    request_ids: set[int] = field(default_factory=set)
+
+
+class EngineServer:
+    """Owns the engine and its socket. One thread: poll, step, send.
+
+    Ends when its last frontend leaves or dies. A frontend's death ends its requests.
+    """
+
+    def __init__(self, core: EngineCore, directory: EngineDir, watchdog: Watchdog) -> None:
+        self._core = core
+        self._home = EngineHome(directory.path.parent)
+        self._directory = directory
+        self._watchdog = watchdog
+        self._clients: dict[int, _Client] = {}
+        self._by_identity: dict[bytes, int] = {}
+        self._next_client = 1
+        self._stopping = False
+        self._last_stats = 0.0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_FRAMES)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind(directory.socket_address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._started = time.monotonic()
+
+    def stop(self) -> None:
+        """End the loop after the step at hand."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve until the last frontend has gone."""
+        while not self._stopping:
+            self._receive(0 if self._core.has_work else IDLE_POLL_MS)
+            if self._core.has_work:
+                with self._watchdog.step():
+                    deltas = self._core.step()
+                self._send_deltas(deltas)
+            self._send_stats()
+            self._end_when_alone()
+        self._core.shutdown()
+        self._socket.close()
+
+    # ---- receiving ----
+
+    def _receive(self, timeout_ms: int) -> None:
+        events = dict(self._poller.poll(timeout_ms))
+        for index, client in list(self._clients.items()):
+            if client.pidfd is not None and client.pidfd in events:
+                logger.warning("frontend %d died; its %d requests end", index, len(client.request_ids))
+                self._drop(index)
+        if self._socket not in events:
+            return
+        while True:
+            try:
+                identity, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(identity, wire.decode_to_engine(payload))
+
+    def _handle(self, identity: bytes, message: wire.ToEngine) -> None:
+        if isinstance(message, wire.Hello):
+            self._welcome(identity, message.pid)
+            return
+        index = self._by_identity.get(identity)
+        if index is None:
+            return
+        if isinstance(message, wire.Submit):
+            self._submit(index, message)
+        elif isinstance(message, wire.Abort):
+            for request_id in message.request_ids:
+                self._core.abort(request_id)
+        else:
+            self._drop(index)
+
+    def _welcome(self, identity: bytes, pid: int) -> None:
+        index, self._next_client = self._next_client, self._next_client + 1
+        pidfd = open_pidfd(pid)
+        if pidfd is None:
+            return
+        self._poller.register(pidfd, zmq.POLLIN)
+        self._clients[index] = _Client(identity, pidfd)
+        self._by_identity[identity] = index
+        self._send(index, wire.Welcome(index))
+
+    def _submit(self, index: int, message: wire.Submit) -> None:
+        client = self._clients[index]
+        refused: list[TokenDelta] = []
+        for request in message.requests:
+            try:
+                self._core.add(request)
+            except CharoniaError as error:
+                refused.append(
+                    TokenDelta(
+                        request_id=request.request_id,
+                        finish_reason=FinishReason.ERROR,
+                        error=str(error),
+                        error_code=error.code.value,
+                    )
+                )
+            else:
+                client.request_ids.add(request.request_id)
+        if refused:
+            self._send(index, wire.OutputFrame(refused))
+
+    def _drop(self, index: int) -> None:
+        client = self._clients.pop(index)
+        del self._by_identity[client.identity]
+        for request_id in client.request_ids:
+            self._core.abort(request_id, "the frontend is gone", ErrorCode.UNAVAILABLE)
+        if client.pidfd is not None:
+            self._poller.unregister(client.pidfd)
+            os.close(client.pidfd)
+
+    # ---- sending ----
+
+    def _send_deltas(self, deltas: list[TokenDelta]) -> None:
+        frames: dict[int, list[TokenDelta]] = {}
+        for delta in deltas:
+            index = delta.request_id >> wire.CLIENT_SHIFT
+            client = self._clients.get(index)
+            if client is None:
+                continue
+            if delta.finish_reason is not None:
+                client.request_ids.discard(delta.request_id)
+            frames.setdefault(index, []).append(delta)
+        for index, items in frames.items():
+            self._send(index, wire.OutputFrame(items))
+
+    def _send_stats(self) -> None:
+        now = time.monotonic()
+        if now - self._last_stats >= STATS_INTERVAL_S:
+            self._last_stats = now
+            for index in list(self._clients):
+                self._send(index, wire.OutputFrame([], self._core.stats()))
+
+    def _send(self, index: int, message: wire.ToFrontend) -> None:
+        client = self._clients[index]
+        try:
+            self._socket.send_multipart([client.identity, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            logger.warning("frontend %d does not take messages (%s); its requests end", index, error)
+            self._drop(index)
+
+    # ---- the end ----
+
+    def _end_when_alone(self) -> None:
+        if self._clients or (
+            time.monotonic() - self._started < FIRST_MEMBER_TIMEOUT_S and self._next_client == 1
+        ):
+            return
+        # Under the lock, so that no frontend joins an engine that has decided to go.
+        with self._home.locked():
+            if not self._directory.living_members():
+                self._watchdog.set_state("draining")
+                self._stopping = True
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load the model, serve, and report failure in the status file."""
+    parser = argparse.ArgumentParser(description="Charonia engine process; started by its frontends.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument(
+        "--owner-pid", type=int, required=True, help="the engine does not outlive this process"
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    if os.getppid() == args.owner_pid:
+        die_with_parent(args.owner_pid)
+    directory = EngineDir(args.directory)
+    config = directory.read_config()
+    previous = directory.read_status()
+    status = EngineStatus(
+        pid=os.getpid(),
+        state="starting",
+        generation=directory.generation,
+        beat=0.0,
+        restarts=previous.restarts if previous else 0,
+    )
+    watchdog = Watchdog(directory, status, owner_pid=args.owner_pid, step_timeout_s=config.step_timeout_s)
+    watchdog.start()
+    try:
+        core, summary = build_engine(config, ModelConfig.from_dir(config.model))
+        server = EngineServer(core, directory, watchdog)
+    except Exception as error:
+        if not isinstance(error, CharoniaError):
+            logger.exception("the engine could not start")
+        code = error.code if isinstance(error, CharoniaError) else ErrorCode.INTERNAL
+        watchdog.fail(str(error) or type(error).__name__, code)
+        return 1
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: server.stop())
+    # What is alive now lives for ever: keep the collector from walking it again.
+    gc.collect()
+    gc.freeze()
+    watchdog.set_state("ready")
+    logger.info("ready: %s", summary)
+    server.run()
+    watchdog.stop()
+    with contextlib.suppress(FileNotFoundError):
+        (directory.path / "engine.sock").unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

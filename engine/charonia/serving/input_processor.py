@@ -1,0 +1,118 @@
+"""From a client's request to engine requests: tokenise, validate against the model, resolve defaults."""
+
+import random
+import time
+from collections.abc import Sequence
+
+from charonia.config import EngineConfig
+from charonia.errors import InvalidRequestError
+from charonia.model_config import ModelConfig
+from charonia.request import EngineRequest
+from charonia.sampling_params import SamplingParams
+from charonia.serving.request import ChatInput, GenerationRequest
+from charonia.text import Tokenizer
+from charonia.text.chat import render_chat
+
+MAX_PROMPT_CHARS = 1 << 23
+
+
+class InputProcessor:
+    """Turns requests into token ids and checks everything that a client can get wrong. Thread-safe.
+
+    max_model_len: the engine's context length in tokens. salt: sets this frontend's unseeded requests apart from those
+    of the engine's other frontends.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer, *, salt: str = ""
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = config.max_model_len or model.max_position
+        self.eos_token_ids = frozenset(model.eos_token_ids)
+        self._vocab_size = model.vocab_size
+        self._default_deadline_s = config.default_deadline_s
+        self._random = random.Random(f"{config.seed}/{salt}")
+
+    def tokenize(self, request: GenerationRequest) -> tuple[str | None, list[int]]:
+        """The prompt's text (None if it came as token ids) and its token ids. Raises `InvalidRequestError`."""
+        prompt = request.prompt
+        if isinstance(prompt, ChatInput):
+            text = render_chat(
+                self.tokenizer,
+                prompt.messages,
+                tools=prompt.tools,
+                add_generation_prompt=prompt.add_generation_prompt,
+                continue_final_message=prompt.continue_final_message,
+                chat_template_kwargs=prompt.chat_template_kwargs,
+            )
+            # Templates write the special tokens themselves.
+            return text, self._check_length(self.tokenizer.encode(text, add_special_tokens=False))
+        if isinstance(prompt, str):
+            if len(prompt) > MAX_PROMPT_CHARS:
+                raise InvalidRequestError(
+                    f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are taken"
+                )
+            return prompt, self._check_length(self.tokenizer.encode(prompt))
+        ids = list(prompt)
+        self._check_ids("prompt token ids", ids)
+        return None, self._check_length(ids)
+
+    def expand(
+        self, request: GenerationRequest, token_ids: list[int], first_id: int = 0
+    ) -> list[EngineRequest]:
+        """One engine request per sequence (`n`), with ids from `first_id` on. Raises `InvalidRequestError`."""
+        params = request.params
+        self._check_params(params)
+        room = self.max_model_len - len(token_ids)
+        stop_ids = list(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids += [token for token in self.eos_token_ids if token not in stop_ids]
+        bad_words = self.tokenizer.bad_words_ids(params.bad_words) if params.bad_words else []
+        now = time.monotonic()
+        timeout = request.timeout_s if request.timeout_s is not None else self._default_deadline_s
+        # Random.getrandbits is one C call: safe from several threads.
+        seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        return [
+            EngineRequest(
+                request_id=first_id + i,
+                prompt_token_ids=token_ids,
+                sampling=params,
+                seed=_wrap_int64(seed + i),
+                max_tokens=min(params.max_tokens, room) if params.max_tokens is not None else room,
+                arrival_time=now,
+                stop_token_ids=stop_ids,
+                bad_words=bad_words,
+                priority=request.priority,
+                deadline=None if timeout is None else now + timeout,
+                cache_salt=request.cache_salt,
+            )
+            for i in range(params.n)
+        ]
+
+    def _check_length(self, token_ids: list[int]) -> list[int]:
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty")
+        if len(token_ids) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens, which leaves no room to generate within the context length "
+                f"of {self.max_model_len}"
+            )
+        return token_ids
+
+    def _check_params(self, params: SamplingParams) -> None:
+        self._check_ids("sampling parameter 'stop_token_ids'", params.stop_token_ids)
+        self._check_ids("sampling parameter 'logit_bias'", list(params.logit_bias))
+        self._check_ids("sampling parameter 'allowed_token_ids'", params.allowed_token_ids or [])
+
+    def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        for token in ids:
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise InvalidRequestError(f"{name} must be integers, got {str(token)[:40]!r}")
+            if not 0 <= token < self._vocab_size:
+                raise InvalidRequestError(
+                    f"{name}: {token} is not in the vocabulary (0 to {self._vocab_size - 1})"
+                )
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,1 @@
+"""What runs on the device: rows, batches, attention, sampling, and the runner that ties them together."""
