@@ -10,10 +10,10 @@ from typing import Any, Literal, Self, SupportsIndex, TypeVar, Unpack, overload
 
 from charonia_client import metadata, responses
 from charonia_client.endpoint import Endpoint, Protocol
-from charonia_client.errors import RequestTimeoutError, ServerUnavailableError
+from charonia_client.errors import InternalServerError, RequestTimeoutError, ServerUnavailableError
 from charonia_client.grpc_transport import GrpcTransport
 from charonia_client.http_transport import HttpTransport
-from charonia_client.metadata import ModelMetadata, ServerHealth, ServerMetadata
+from charonia_client.metadata import ModelMetadata, Query, ServerHealth, ServerMetadata
 from charonia_client.requests import (
     DEFAULT_MODEL,
     ChatOptions,
@@ -97,6 +97,7 @@ class AsyncCharoniaClient:
         endpoint = Endpoint.parse(url, protocol)
         self.url = endpoint.url
         self._retries = retries
+        self._closed = False
         self._transport: Transport
         if endpoint.protocol == "grpc":
             self._transport = GrpcTransport(endpoint, headers or {}, requests_per_stream)
@@ -147,28 +148,28 @@ class AsyncCharoniaClient:
     async def health(self, model: str = DEFAULT_MODEL, *, timeout: float | None = 5.0) -> ServerHealth:
         """How the server and a model are. Raises `ServerUnavailableError` if nothing answers."""
         live, ready, model_ready = await asyncio.gather(
-            self._transport.ask(metadata.server_live(), timeout),
-            self._transport.ask(metadata.server_ready(), timeout),
-            self._transport.ask(metadata.model_ready(model), timeout),
+            self._ask(metadata.server_live(), timeout),
+            self._ask(metadata.server_ready(), timeout),
+            self._ask(metadata.model_ready(model), timeout),
         )
         return ServerHealth(live, ready, model, model_ready)
 
     async def is_ready(self, model: str = DEFAULT_MODEL, *, timeout: float | None = 5.0) -> bool:
         """Whether requests for `model` would be taken now; False as well if nothing answers."""
         try:
-            return await self._transport.ask(metadata.model_ready(model), timeout)
+            return await self._ask(metadata.model_ready(model), timeout)
         except (ServerUnavailableError, RequestTimeoutError):
             return False
 
     async def server_metadata(self, *, timeout: float | None = 5.0) -> ServerMetadata:
         """Name, version and extensions of the server."""
-        return await self._transport.ask(metadata.server_metadata(), timeout)
+        return await self._ask(metadata.server_metadata(), timeout)
 
     async def model_metadata(
         self, model: str = DEFAULT_MODEL, *, timeout: float | None = 5.0
     ) -> ModelMetadata:
         """Versions and tensors of a model. Raises `NotFoundError` if the server does not have it."""
-        return await self._transport.ask(metadata.model_metadata(model), timeout)
+        return await self._ask(metadata.model_metadata(model), timeout)
 
     async def model_config(
         self, model: str = DEFAULT_MODEL, *, timeout: float | None = 5.0
@@ -176,10 +177,11 @@ class AsyncCharoniaClient:
         """A model's configuration as the server completed it. Raises `NotFoundError` if the server does not
         have it.
         """
-        return await self._transport.ask(metadata.model_config(model), timeout)
+        return await self._ask(metadata.model_config(model), timeout)
 
     async def aclose(self) -> None:
         """Cancel what is in flight (`RequestCancelledError` there) and free the connections."""
+        self._closed = True
         await self._transport.aclose()
 
     async def __aenter__(self) -> Self:
@@ -190,6 +192,14 @@ class AsyncCharoniaClient:
         """Close the client."""
         await self.aclose()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the client is closed")
+
+    async def _ask(self, query: Query[T], timeout: float | None) -> T:
+        self._require_open()
+        return await self._transport.ask(query, timeout)
+
     async def _complete(self, request: GenerateRequest) -> GenerateResult:
         async with aclosing(self._responses(request)) as answers:
             return responses.single([answer async for answer in answers], url=self.url, model=request.model)
@@ -198,12 +208,18 @@ class AsyncCharoniaClient:
         return AsyncResponseStream(request.request_id, self._chunks(request))
 
     async def _chunks(self, request: GenerateRequest) -> AsyncGenerator[StreamChunk, None]:
+        received = False
         async with aclosing(self._responses(request)) as answers:
             async for answer in answers:
+                received = True
                 yield responses.parse(StreamChunk, answer, url=self.url)
+        if not received:
+            message = "the stream ended without a response"
+            raise InternalServerError(message, url=self.url, model=request.model)
 
     async def _responses(self, request: GenerateRequest) -> AsyncGenerator[ModelResponse, None]:
         """The request's responses, within its time limit, which covers the retries."""
+        self._require_open()
         attempts = self._attempts(request)
         if request.timeout is None:
             async with aclosing(attempts):

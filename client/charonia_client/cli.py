@@ -99,7 +99,7 @@ def _answer(client: CharoniaClient, args: argparse.Namespace, messages: list[Mes
     try:
         return _print_stream(client.chat(messages, stream=True, **_options(args)), args).text
     except KeyboardInterrupt:
-        print("\n[stopped]", file=sys.stderr)
+        print("[stopped]", file=sys.stderr)
     except CharoniaClientError as error:
         _complain(error)
     return None
@@ -109,17 +109,16 @@ def _print_stream(stream: ResponseStream, args: argparse.Namespace) -> GenerateR
     started = time.monotonic()
     first: float | None = None
     chunks: list[StreamChunk] = []
-    with stream:
-        for chunk in stream:
-            first = first or time.monotonic() - started
-            chunks.append(chunk)
-            if args.json:
-                print(_json(chunk), flush=True)
-            else:
-                print(chunk.text, end="", flush=True)
+    try:
+        with stream:
+            for chunk in stream:
+                first = first or time.monotonic() - started
+                chunks.append(chunk)
+                print(_json(chunk) if args.json else chunk.text, end="\n" if args.json else "", flush=True)
+    finally:
+        if chunks and not args.json:
+            print()
     result = GenerateResult.from_chunks(chunks)
-    if not args.json:
-        print()
     if args.stats:
         _print_stats(result, time.monotonic() - started, first)
     return result

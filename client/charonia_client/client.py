@@ -1,6 +1,7 @@
 """The synchronous client: the asyncio client on a background thread."""
 
 import asyncio
+import concurrent.futures
 import queue
 import threading
 import weakref
@@ -35,10 +36,23 @@ class _LoopThread:
             raise
 
     def stop(self) -> None:
-        """Stop the loop and wait for the thread."""
+        """Cancel what still runs there, stop the loop and wait for the thread."""
+        self.run(_cancel_others())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+
+    @property
+    def current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return threading.current_thread() is self._thread
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class ResponseStream:
@@ -203,12 +217,24 @@ class CharoniaClient:
         self.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._thread.run(coroutine)
+        if not self._close.alive:
+            coroutine.close()
+            raise RuntimeError("the client is closed")
+        try:
+            return self._thread.run(coroutine)
+        except concurrent.futures.CancelledError:
+            raise RequestCancelledError("the client was closed", url=self.url) from None
 
     def _start(self, chunks: AsyncResponseStream) -> ResponseStream:
+        if not self._close.alive:
+            raise RuntimeError("the client is closed")
         return ResponseStream(self._thread.loop, chunks, self.url)
 
 
 def _shut_down(thread: _LoopThread, client: AsyncCharoniaClient) -> None:
+    if thread.current:
+        # The garbage collector may end a forgotten client anywhere, there included, where nothing may wait.
+        thread.loop.stop()
+        return
     thread.run(client.aclose())
     thread.stop()

@@ -4,7 +4,7 @@
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
 
@@ -12,6 +12,7 @@ from charonia_client.endpoint import Endpoint
 from charonia_client.errors import (
     CharoniaClientError,
     InternalServerError,
+    RequestCancelledError,
     RequestTimeoutError,
     ServerUnavailableError,
     from_http_status,
@@ -82,20 +83,25 @@ class HttpTransport:
 
     def _decode(self, body: bytes, request: GenerateRequest) -> ModelResponse:
         try:
-            outputs: dict[str, Any] = json.loads(body)
-            error = outputs.pop("error", None)
-            model, version = outputs.pop("model_name", request.model), outputs.pop("model_version", "")
-        except (ValueError, AttributeError) as cause:
-            message = f"the server's answer is not a JSON object: {cause!r}"
-            raise InternalServerError(message, url=self._url, model=request.model) from cause
+            outputs = json.loads(body)
+        except ValueError:
+            outputs = None
+        if not isinstance(outputs, dict):
+            shown = body[:200].decode(errors="replace")
+            message = f"the server's answer is not a JSON object: {shown!r}"
+            raise InternalServerError(message, url=self._url, model=request.model)
+        error = outputs.pop("error", None)
         if error is not None:
             raise from_message(str(error), url=self._url, model=request.model)
         outputs.pop("id", None)
+        model, version = outputs.pop("model_name", request.model), outputs.pop("model_version", "")
         # A tensor of one element arrives as a scalar.
         lists = {name: value if isinstance(value, list) else [value] for name, value in outputs.items()}
         return ModelResponse(model, version, request.request_id, lists)
 
     def _error(self, error: httpx.HTTPError, model: str | None) -> CharoniaClientError:
+        if self._client.is_closed:
+            return RequestCancelledError("the client was closed", url=self._url, model=model)
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return no_server(self._url)
         if isinstance(error, httpx.TimeoutException):
