@@ -57,12 +57,12 @@ class SamplingParams(
 
     def __post_init__(self) -> None:
         # vLLM accepts one string, and None for "none", where a list is meant.
-        for name in ("stop", "stop_token_ids", "bad_words"):
+        for name in ("stop", "stop_token_ids", "bad_words", "logit_bias"):
             value = getattr(self, name)
-            if value is None or isinstance(value, str):
-                msgspec.structs.force_setattr(self, name, [] if value is None else [value])
-        if self.logit_bias is None:
-            msgspec.structs.force_setattr(self, "logit_bias", {})
+            if value is None:
+                msgspec.structs.force_setattr(self, name, {} if name == "logit_bias" else [])
+            elif isinstance(value, str):
+                msgspec.structs.force_setattr(self, name, [value])
         _validate(self)
 
     @property

@@ -32,7 +32,7 @@ class EngineLink:
         self._left = False
         self._client_index = 0
         self._next_id = 0
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
@@ -98,7 +98,7 @@ class EngineLink:
         poller.register(self._pidfd, zmq.POLLIN)
         if wake_fd is not None:
             poller.register(wake_fd, zmq.POLLIN)
-        events = dict(poller.poll(timeout_s * 1000))
+        events = dict(poller.poll(int(timeout_s * 1000)))
         frames: list[wire.OutputFrame] = []
         if self._socket in events:
             with contextlib.suppress(zmq.Again):
