@@ -31,8 +31,10 @@ _NOT_READY = frozenset((400, 503))
 
 
 class HttpTransport:
-    """Implements `Transport`. Disconnecting is what cancels a request, so that each has a connection of its
-    own.
+    """Implements `Transport`. Disconnecting is what cancels a request, so that each has a connection of its own.
+
+    The server (2.51 at least) notices a disconnect when it sends a response and not before: a request that waits
+    for its first token goes on until then, and one that does not stream to its end. gRPC has no such gap.
     """
 
     def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:

@@ -11,7 +11,6 @@ from charonia_client import (
     CharoniaClient,
     CharoniaClientError,
     GenerateResult,
-    InvalidRequestError,
     NotFoundError,
     RequestFailedError,
     RequestTimeoutError,
@@ -56,14 +55,8 @@ def test_generate(client):
     assert result.finish_reason == "length"
     assert (result.usage.num_input_tokens, result.usage.num_output_tokens) == (3, 6)
     assert [len(s.token_ids) for s in result.sequences] == [3, 3]
-    assert [
-        position[token].decoded_token
-        for position, token in zip(result.logprobs, result.token_ids, strict=True)
-    ] == [
-        "a",
-        " b",
-        " c",
-    ]
+    positions = zip(result.logprobs, result.token_ids, strict=True)
+    assert [position[token].decoded_token for position, token in positions] == ["a", " b", " c"]
     assert result.timings.num_cached_tokens == 3
     assert (result.model, result.model_version) == ("llm", "1")
 
@@ -156,8 +149,15 @@ def test_cancellation_reaches_the_model(client):
 def test_a_time_limit_reaches_the_model(client):
     name = f"limit-{client.url}"
     with pytest.raises(RequestTimeoutError):
-        client.generate(f"{name} b c", timeout=0.3, fake={"delay": 0.2})
+        list(client.stream(f"{name} b c", timeout=0.3, fake={"delay": 0.2}))
     wait_until(lambda: f"{name}_b_c" in cancelled_prompts(client))
+
+
+def test_a_time_limit_reaches_the_model_before_its_first_response(triton):
+    with CharoniaClient(triton.grpc_url) as client:
+        with pytest.raises(RequestTimeoutError):
+            client.generate("early b c", timeout=0.3, fake={"delay": 0.2})
+        wait_until(lambda: "early_b_c" in cancelled_prompts(client))
 
 
 async def test_neighbours_of_a_cancelled_request_finish(aio_client):
@@ -187,8 +187,3 @@ def test_health_and_metadata(client):
     assert [tensor.shape for tensor in metadata.outputs if tensor.name == "text_output"] == [(-1,)]
     config = client.model_config()
     assert (config["backend"], config["model_transaction_policy"]["decoupled"]) == ("python", True)
-
-
-def test_an_empty_prompt_list_is_refused_by_the_server(client):
-    with pytest.raises((InvalidRequestError, RequestFailedError)):
-        client.generate(token_ids=[])
