@@ -1,0 +1,314 @@
+"""From a Triton request to an engine request. Everything a client can get wrong ends in a typed error that names it."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from charonia.errors import InvalidRequestError, UnsupportedError
+from charonia.sampling_params import SamplingParams
+from charonia.serving.request import ChatInput, GenerationRequest
+from charonia.triton.contract import (
+    BOOLEAN_INPUTS,
+    MAX_CACHE_SALT_CHARS,
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_PRIORITY,
+    MAX_PROMPT_BYTES,
+    OPTIONAL_OUTPUTS,
+    RETURN_PREFIX,
+)
+from charonia.triton.pb import AnyArray, PbRequest
+
+TRANSPORT_PARAMETERS = frozenset(
+    {
+        "binary_data_output", "classification", "id", "sequence_end", "sequence_id", "sequence_start",
+        "triton_enable_empty_final_response", "triton_grpc_error",
+    }
+)  # fmt: skip
+"""Request parameters of Triton's front doors: `/generate` passes on every top-level key that is no input."""
+
+_STREAM_ECHO_ERROR = (
+    "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed."
+)
+_CHAT_KEYS = {"messages", "tools", "tool_choice", "chat_template_kwargs", "add_generation_prompt",
+              "continue_final_message"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RawRequest:
+    """A request's content, free of the stub: cheap to take, parsed later on another thread."""
+
+    inputs: Mapping[str, AnyArray]
+    parameters: str = "{}"
+    request_id: str = ""
+    timeout_us: int = 0
+
+    @classmethod
+    def take(cls, request: PbRequest) -> "RawRequest":
+        """Copy out of the stub's shared memory. Raises `InvalidRequestError` where a string is not UTF-8."""
+        try:
+            return cls(
+                inputs={tensor.name(): tensor.as_numpy() for tensor in request.inputs()},
+                parameters=request.parameters(),
+                request_id=request.request_id(),
+                timeout_us=request.timeout(),
+            )
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(
+                f"a request parameter or the request id is not valid UTF-8: {error}"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseOptions:
+    """How a request wants to be answered.
+
+    echo: prepend the prompt's text to every output. outputs: the optional outputs asked for. wants_logprobs: whether
+    the sampling parameters ask for logprobs (else the output `logprobs`, when asked for, is "null").
+    tokens_are_content: no text is generated, so a response counts as empty only if it has no tokens.
+    """
+
+    stream: bool = False
+    echo: bool = False
+    outputs: frozenset[str] = frozenset()
+    wants_logprobs: bool = False
+    tokens_are_content: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A valid request: what to generate and how to answer."""
+
+    generation: GenerationRequest
+    options: ResponseOptions
+
+
+def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> ParsedRequest:
+    """Build the engine's request. Raises `InvalidRequestError` or `UnsupportedError`.
+
+    The JSON object in `sampling_parameters` wins over request parameters of the same name; request parameters also
+    stand in for absent boolean inputs. ignored_parameters: request parameters of other software on the way.
+    """
+    _refuse_unsupported(raw.inputs)
+    settings = _json_object(raw.parameters.encode(), "the request parameters") if raw.parameters else {}
+    for name in TRANSPORT_PARAMETERS.union(ignored_parameters):
+        settings.pop(name, None)
+    flags = {name: _flag(raw.inputs, settings.pop(name, None), name) for name in BOOLEAN_INPUTS}
+    if "sampling_parameters" in raw.inputs:
+        text = _bytes_input(raw.inputs, "sampling_parameters", MAX_JSON_BYTES)
+        given = _json_object(text, "input 'sampling_parameters'") if text.strip() else {}
+        settings.update((key, value) for key, value in given.items() if value is not None)
+    priority = _integer(settings.pop("priority", None) or 0, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+    timeout_us = _integer(settings.pop("timeout", None) or raw.timeout_us, "timeout", 0, 2**63 - 1)
+    cache_salt = settings.pop("cache_salt", None) or ""
+    if not isinstance(cache_salt, str) or len(cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise InvalidRequestError(
+            f"'cache_salt' must be a string of at most {MAX_CACHE_SALT_CHARS} characters"
+        )
+    params = SamplingParams.from_mapping(settings)
+    prompt = _prompt(raw.inputs)
+    options = _response_options(flags, params, prompt)
+    if "cumulative_logprob" in options.outputs and params.logprobs is None:
+        # A running total needs the log-probability of each token taken, and of no others.
+        params = msgspec.structs.replace(params, logprobs=0)
+    generation = GenerationRequest(
+        prompt=prompt,
+        params=params,
+        request_id=raw.request_id,
+        priority=priority,
+        timeout_s=timeout_us / 1e6 if timeout_us else None,
+        cache_salt=cache_salt,
+    )
+    return ParsedRequest(generation, options)
+
+
+def _refuse_unsupported(inputs: Mapping[str, AnyArray]) -> None:
+    if "image" in inputs:
+        raise UnsupportedError("input 'image' is not supported: this model takes text only")
+    if "embedding_request" in inputs:
+        raise UnsupportedError("input 'embedding_request' is not supported: this model generates text only")
+
+
+def _response_options(
+    flags: Mapping[str, bool | None], params: SamplingParams, prompt: str | list[int] | ChatInput
+) -> ResponseOptions:
+    stream, exclude_input = bool(flags["stream"]), flags["exclude_input_in_output"]
+    if stream and exclude_input is False:
+        raise InvalidRequestError(_STREAM_ECHO_ERROR)
+    if exclude_input is False and isinstance(prompt, list):
+        raise InvalidRequestError(
+            "'exclude_input_in_output' cannot be false with 'input_ids': there is no text to echo"
+        )
+    if exclude_input is None:
+        exclude_input = not isinstance(prompt, str)
+    return ResponseOptions(
+        stream=stream,
+        echo=not stream and not exclude_input,
+        outputs=frozenset(name for name in OPTIONAL_OUTPUTS if flags[RETURN_PREFIX + name]),
+        wants_logprobs=params.logprobs is not None,
+        tokens_are_content=not params.detokenize,
+    )
+
+
+def _prompt(inputs: Mapping[str, AnyArray]) -> str | list[int] | ChatInput:
+    """The one prompt; an empty `text_input` beside another form of prompt is a placeholder."""
+    given = [name for name in ("text_input", "input_ids", "messages") if name in inputs]
+    if not given:
+        raise InvalidRequestError("one of the inputs 'text_input', 'input_ids' and 'messages' is required")
+    text = _bytes_input(inputs, "text_input", MAX_PROMPT_BYTES) if "text_input" in inputs else b""
+    if len(given) > 1 and not text and "text_input" in given:
+        given.remove("text_input")
+    if len(given) > 1:
+        raise InvalidRequestError(
+            f"inputs {given[0]!r} and {given[1]!r} exclude each other: a request has one prompt"
+        )
+    if given == ["input_ids"]:
+        return _token_ids(inputs["input_ids"])
+    if given == ["messages"]:
+        return _chat(_bytes_input(inputs, "messages", MAX_JSON_BYTES))
+    return _decode(text, "text_input")
+
+
+def _token_ids(array: AnyArray) -> list[int]:
+    if array.ndim != 1 or array.dtype != np.int32:
+        raise InvalidRequestError(
+            f"input 'input_ids' must be INT32 of one dimension, got {array.dtype} of shape {list(array.shape)}"
+        )
+    ids: list[int] = array.tolist()
+    return ids
+
+
+def _chat(text: bytes) -> ChatInput:
+    """A conversation: a JSON list of messages, or an object that holds it together with tools and template settings."""
+    body = _json(text, "input 'messages'")
+    fields: dict[str, Any] = {"messages": body} if isinstance(body, list) else body
+    if not isinstance(fields, dict):
+        raise InvalidRequestError(
+            "input 'messages' must be a JSON list of messages, or an object that holds one"
+        )
+    unknown = sorted(set(fields) - _CHAT_KEYS)
+    if unknown:
+        raise InvalidRequestError(
+            f"input 'messages': unknown key {unknown[0]!r}; known keys: {', '.join(sorted(_CHAT_KEYS))}"
+        )
+    messages, tools = fields.get("messages"), fields.get("tools")
+    if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
+        raise InvalidRequestError(
+            "input 'messages': 'messages' must be a non-empty list of objects that have a 'role'"
+        )
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InvalidRequestError("input 'messages': 'tools' must be a list of objects")
+    choice = fields.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise UnsupportedError(
+            "input 'messages': only the values 'auto' and 'none' of 'tool_choice' are supported"
+        )
+    kwargs = fields.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise InvalidRequestError("input 'messages': 'chat_template_kwargs' must be an object")
+    return ChatInput(
+        messages=messages,
+        tools=None if choice == "none" else tools,
+        add_generation_prompt=_chat_flag(fields, "add_generation_prompt", default=True),
+        continue_final_message=_chat_flag(fields, "continue_final_message", default=False),
+        chat_template_kwargs=kwargs,
+    )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def _chat_flag(fields: Mapping[str, Any], key: str, *, default: bool) -> bool:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequestError(f"input 'messages': {key!r} must be a boolean")
+    return default if value is None else value
+
+
+def _flag(inputs: Mapping[str, AnyArray], parameter: object, name: str) -> bool | None:
+    """A boolean input, else the request parameter of the same name; None when neither is given."""
+    if name in inputs:
+        array = inputs[name]
+        if array.size != 1 or array.dtype != np.bool_:
+            raise InvalidRequestError(
+                f"input {name!r} must be one BOOL, got {array.dtype} of shape {list(array.shape)}"
+            )
+        return bool(array.flat[0])
+    if parameter is None or isinstance(parameter, bool):
+        return parameter
+    if isinstance(parameter, str) and parameter.lower() in ("true", "false"):
+        return parameter.lower() == "true"
+    raise InvalidRequestError(f"request parameter {name!r} must be a boolean, got {str(parameter)[:80]!r}")
+
+
+def _integer(value: object, name: str, low: int, high: int) -> int:
+    """An integer that may come as text, or as a float that is whole."""
+    try:
+        number = msgspec.convert(value, int, strict=False)
+    except (msgspec.ValidationError, OverflowError):
+        raise InvalidRequestError(f"{name!r} must be an integer, got {str(value)[:80]!r}") from None
+    if not low <= number <= high:
+        raise InvalidRequestError(f"{name!r} must be from {low} to {high}, got {number}")
+    return number
+
+
+def _bytes_input(inputs: Mapping[str, AnyArray], name: str, limit: int) -> bytes:
+    array = inputs[name]
+    if array.size != 1 or array.dtype != np.object_:
+        raise InvalidRequestError(
+            f"input {name!r} must be one string, got {array.dtype} of shape {list(array.shape)}"
+        )
+    value = array.flat[0]
+    data = value if isinstance(value, bytes) else str(value).encode()
+    if len(data) > limit:
+        raise InvalidRequestError(f"input {name!r} has {len(data)} bytes; at most {limit} are taken")
+    return data
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"input {name!r} is not valid UTF-8 at byte {error.start}") from None
+
+
+def _json(data: bytes, what: str) -> Any:
+    try:
+        value = msgspec.json.decode(data)
+    except RecursionError:
+        raise InvalidRequestError(
+            f"{what}: JSON nested too deeply, at most {MAX_JSON_DEPTH} levels are taken"
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{what}: not valid JSON: {error}") from None
+    if _deeper_than(value, MAX_JSON_DEPTH):
+        raise InvalidRequestError(
+            f"{what}: JSON nested too deeply, at most {MAX_JSON_DEPTH} levels are taken"
+        )
+    return value
+
+
+def _json_object(data: bytes, what: str) -> dict[str, Any]:
+    value = _json(data, what)
+    if not isinstance(value, dict):
+        raise InvalidRequestError(f"{what}: must be a JSON object")
+    return value
+
+
+def _deeper_than(value: object, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        layer = [
+            child
+            for node in layer
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not layer:
+            return False
+    return True

@@ -1,0 +1,157 @@
+"""A Triton request from `execute()` to its FINAL response."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from charonia.errors import CharoniaError
+from charonia.outputs import RequestOutput
+from charonia.triton.inputs import ResponseOptions
+from charonia.triton.outputs import ResponseAssembler
+from charonia.triton.pb import PbResponseSender
+
+
+class LiveRequest:
+    """State that the threads of the adapter share about one request, and the engine's sink for its outputs.
+
+        execute ─► intake ─► engine ──on_output──► mailbox ─► its sender thread ─► Triton
+                       ▲ cancel sweep (is_cancelled)               │
+                       └───────────────────────────────────────────┘ FINAL: closed
+
+    Invariants: only its one sender thread sends; `closed` turns true once, under `wire_lock`, when FINAL goes out;
+    `is_cancelled()` is called under `wire_lock` and never once `closed`; after FINAL nothing refers to the stub's
+    objects.
+    """
+
+    def __init__(self, sender: PbResponseSender, wake: Callable[["LiveRequest"], None]) -> None:
+        """wake: tells the request's sender thread that mail has come."""
+        self.request_id = ""
+        """The client's own name for it."""
+        self.arrival = time.monotonic()
+        self.wire_lock = threading.Lock()
+        self.closed = False
+        self.cancelled_at: float | None = None
+        """When the client was first seen to be gone, on the monotonic clock."""
+        self.close_scheduled = False
+        """Whether a cancelled request waits to be closed; its sender thread's own note."""
+        self.options = ResponseOptions()
+        self.assembler: ResponseAssembler | None = None
+        self.first_sent_at: float | None = None
+        self.submitted = False
+        """Whether the engine has taken the request."""
+        self._sender: PbResponseSender | None = sender
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._outputs: list[RequestOutput] = []
+        self._error: CharoniaError | None = None
+        self._awake = False
+        self._handle: Any = None
+        self._ended = False
+
+    @property
+    def name(self) -> str:
+        """The request's id for log lines."""
+        return self.request_id or "without id"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the client has gone or the answer is complete: nothing more needs computing."""
+        return self._ended
+
+    # The engine's side.
+
+    def on_output(self, output: RequestOutput) -> None:
+        """Take a delta (see `OutputSink`)."""
+        with self._lock:
+            self._outputs.append(output)
+        self.wake_sender()
+
+    def on_error(self, error: CharoniaError) -> None:
+        """End the request with an error; of several errors the first one counts."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+        self.wake_sender()
+
+    def wake_sender(self) -> None:
+        """Have the sender thread look at the request, unless it is about to."""
+        with self._lock:
+            if self._awake:
+                return
+            self._awake = True
+        self._wake(self)
+
+    def start(self, options: ResponseOptions, num_sequences: int) -> None:
+        """Get ready for outputs, before the request is submitted."""
+        self.options = options
+        self.assembler = ResponseAssembler(options, num_sequences)
+
+    def attach(self, handle: Any) -> bool:
+        """Remember the engine's handle. False when the request has ended meanwhile: the caller must abort it."""
+        with self._lock:
+            self._handle = handle
+            self.submitted = True
+            return not self._ended
+
+    def end(self) -> Any:
+        """Mark that no more is wanted of the engine. Returns the handle to abort, None if there is none (yet)."""
+        with self._lock:
+            self._ended = True
+            handle, self._handle = self._handle, None
+            return handle
+
+    # The sender thread's side.
+
+    def take_mail(self) -> tuple[list[RequestOutput], CharoniaError | None]:
+        """Everything that has come since the last call; a lagging sender finds several deltas here and merges them."""
+        with self._lock:
+            outputs, self._outputs = self._outputs, []
+            self._awake = False
+            return outputs, self._error
+
+    def send(self, response: object) -> None:
+        """Send one response that is not the last. Raises what the stub raises."""
+        assert self._sender is not None
+        self._sender.send(response)
+
+    def close(self, response: object | None, final_flag: int, *, unless_cancelled: bool) -> bool:
+        """Send the last response (or the flag alone), then let go of the stub's objects.
+
+        With `unless_cancelled`, a client that turns out to be gone keeps the request open: `cancelled_at` is set and
+        False is returned. Raises what the stub raises, the request being closed all the same.
+        """
+        with self.wire_lock:
+            if self.closed:
+                return True
+            assert self._sender is not None
+            if unless_cancelled and self.cancelled_at is None and self._sender.is_cancelled():
+                self.cancelled_at = time.monotonic()
+                return False
+            sender, self._sender = self._sender, None
+            self.closed = True
+            try:
+                if response is None:
+                    sender.send(flags=final_flag)
+                else:
+                    sender.send(response, flags=final_flag)
+            finally:
+                with self._lock:
+                    self._outputs = []
+        return True
+
+    # The sweeper's side.
+
+    def poll_cancelled(self) -> bool:
+        """Whether the client has gone since the last call; never waits for a request that is being closed."""
+        if not self.wire_lock.acquire(blocking=False):
+            return False
+        try:
+            if self.closed or self.cancelled_at is not None or self._sender is None:
+                return False
+            if not self._sender.is_cancelled():
+                return False
+            self.cancelled_at = time.monotonic()
+            return True
+        finally:
+            self.wire_lock.release()

@@ -1,0 +1,144 @@
+"""From the engine's outputs to response tensors: deltas of one request, gathered until a response leaves."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from charonia.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from charonia.triton.inputs import ResponseOptions
+from charonia.triton.pb import AnyArray
+
+_LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """What has gathered of one sequence since the last response; the last two outlive it."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: str = "None"
+
+
+class ResponseAssembler:
+    """Gathers a request's deltas and turns what has gathered into output tensors. Not thread-safe.
+
+    Every array but `num_input_tokens`, `token_ids` and `timings` has one element per sequence, in order; `token_ids`
+    holds the sequences one after the other, `num_output_tokens` tells how many ids each has.
+    """
+
+    def __init__(self, options: ResponseOptions, num_sequences: int) -> None:
+        self._options = options
+        self._sequences = [_Sequence() for _ in range(num_sequences)]
+        self._last: RequestOutput | None = None
+        self.num_sequences = num_sequences
+        self.num_tokens = 0
+        """Tokens gathered so far, over all sequences and responses."""
+
+    def add(self, output: RequestOutput) -> None:
+        """Take a delta."""
+        self._last = output
+        for item in output.outputs:
+            self._add_sequence(self._sequences[item.index], item)
+
+    def _add_sequence(self, sequence: _Sequence, item: CompletionOutput) -> None:
+        if item.text:
+            # NUL ends a string in clients written in C.
+            sequence.texts.append(item.text.replace("\0", "") if "\0" in item.text else item.text)
+        self.num_tokens += len(item.token_ids)
+        sequence.token_ids.extend(item.token_ids)
+        sequence.logprobs.extend(item.logprobs or ())
+        sequence.cumulative_logprob = item.cumulative_logprob
+        if item.finish_reason is not None:
+            sequence.finish_reason = item.finish_reason.value
+
+    @property
+    def last(self) -> RequestOutput | None:
+        """The latest delta."""
+        return self._last
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last delta is in."""
+        return self._last is not None and self._last.finished
+
+    @property
+    def has_content(self) -> bool:
+        """Whether a response now would show the client something new."""
+        if self._options.tokens_are_content:
+            return any(sequence.token_ids for sequence in self._sequences)
+        return any(text for sequence in self._sequences for text in sequence.texts)
+
+    def take(self) -> dict[str, AnyArray]:
+        """The output tensors of all that has gathered, which is then forgotten."""
+        assert self._last is not None
+        echo = self._last.prompt or "" if self._options.echo else ""
+        arrays: dict[str, AnyArray] = {
+            "text_output": _strings([echo + "".join(s.texts) for s in self._sequences])
+        }
+        for name in self._options.outputs:
+            arrays[name] = self._optional(name, self._last)
+        for sequence in self._sequences:
+            sequence.texts.clear()
+            sequence.token_ids.clear()
+            sequence.logprobs.clear()
+        return arrays
+
+    def _optional(self, name: str, last: RequestOutput) -> AnyArray:
+        sequences = self._sequences
+        match name:
+            case "finish_reason":
+                return _strings([s.finish_reason for s in sequences])
+            case "cumulative_logprob":
+                return np.array([s.cumulative_logprob for s in sequences], np.float32)
+            case "logprobs":
+                return _strings([self._logprobs(s) for s in sequences])
+            case "num_input_tokens":
+                return np.array([len(last.prompt_token_ids)], np.uint32)
+            case "num_output_tokens":
+                return np.array([len(s.token_ids) for s in sequences], np.uint32)
+            case "token_ids":
+                return np.array([token for s in sequences for token in s.token_ids], np.int32)
+            case "timings":
+                return _strings([_timings(last)])
+        raise AssertionError(f"no output named {name!r}")
+
+    def _logprobs(self, sequence: _Sequence) -> bytes:
+        if not self._options.wants_logprobs:
+            return b"null"
+        positions: list[dict[str, dict[str, Any]]] = [
+            {
+                str(token_id): {
+                    "logprob": max(entry.logprob, _LOWEST_LOGPROB),
+                    "rank": entry.rank,
+                    "decoded_token": entry.decoded_token,
+                }
+                for token_id, entry in position.items()
+            }
+            for position in sequence.logprobs
+        ]
+        return msgspec.json.encode(positions)
+
+
+def _timings(output: RequestOutput) -> bytes:
+    """Durations in seconds since the request arrived; `total_s` is 0 until the last response."""
+    return msgspec.json.encode(
+        {
+            "queue_s": output.timings.queue,
+            "first_token_s": output.timings.first_token,
+            "total_s": output.timings.total,
+            "num_cached_tokens": output.num_cached_tokens,
+        }
+    )
+
+
+def _strings(values: list[str] | list[bytes]) -> AnyArray:
+    # An array of bytes built at once would have a fixed width and lose trailing zeros.
+    array = np.empty(len(values), dtype=np.object_)
+    array[:] = [value if isinstance(value, bytes) else value.encode() for value in values]
+    return array

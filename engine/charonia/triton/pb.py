@@ -1,0 +1,125 @@
+"""The one door to `triton_python_backend_utils`, a module that exists nowhere but inside a Python-backend stub."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from charonia.errors import ConfigError, ErrorCode
+
+AnyArray = npt.NDArray[Any]
+
+
+class PbTensor(Protocol):
+    """An input tensor; `as_numpy` yields a copy (dtype object, of bytes, for strings)."""
+
+    def name(self) -> str:
+        """The input's name."""
+
+    def as_numpy(self) -> AnyArray:
+        """Its values."""
+
+
+class PbResponseSender(Protocol):
+    """Where one request's responses go.
+
+    `is_cancelled` after a `send` with FINAL kills the server: callers serialise the two.
+    """
+
+    def send(self, response: object = None, flags: int = 0) -> None:
+        """Hand a response (or flags alone) to the server; blocks for a shared-memory round trip."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone; blocks for a shared-memory round trip."""
+
+
+class PbRequest(Protocol):
+    """An inference request as the stub hands it over."""
+
+    def inputs(self) -> Sequence[PbTensor]:
+        """The input tensors that the client sent."""
+
+    def parameters(self) -> str:
+        """The request parameters: a JSON object of scalars."""
+
+    def request_id(self) -> str:
+        """The client's id of the request, maybe empty."""
+
+    def timeout(self) -> int:
+        """The request's timeout in microseconds, 0 for none."""
+
+    def get_response_sender(self) -> PbResponseSender:
+        """The request's response sender."""
+
+
+class PbMetric(Protocol):
+    """One labelled series of a metric family. Every call is a shared-memory round trip."""
+
+    def increment(self, value: float) -> None:
+        """Add to a counter or gauge."""
+
+    def set(self, value: float) -> None:
+        """Set a gauge."""
+
+    def observe(self, value: float) -> None:
+        """Add an observation to a histogram."""
+
+
+class TritonUtils:
+    """Typed face of the stub's utility module."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.final_flag = int(module.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    @classmethod
+    def load(cls) -> "TritonUtils":
+        """The module of the stub that this code runs in."""
+        return cls(importlib.import_module("triton_python_backend_utils"))
+
+    def check_numpy(self) -> None:
+        """Raise `ConfigError` unless this stub can read tensors with the numpy at hand.
+
+        A stub whose pybind11 predates numpy 2 reads every element as the first one under numpy 2, silently. The
+        numpy version alone does not tell (newer stubs take numpy 2), so a tensor makes the way through the stub.
+        The detour over the stub's own DLPack capsule is what makes it build the array anew.
+        """
+        expected = np.arange(1, 5, dtype=np.uint8)
+        capsule = self._module.Tensor("probe", expected).to_dlpack()
+        seen = self._module.Tensor.from_dlpack("probe", capsule).as_numpy()
+        if not np.array_equal(seen, expected):
+            raise ConfigError(
+                f"this Triton Python stub cannot read tensors with numpy {np.__version__}: "
+                f"it was built for numpy 1; install 'numpy<2' in the Python environment of the server"
+            )
+
+    def response(self, outputs: Mapping[str, AnyArray]) -> object:
+        """A response with these output tensors."""
+        tensors = [self._module.Tensor(name, array) for name, array in outputs.items()]
+        return self._module.InferenceResponse(output_tensors=tensors)
+
+    def error_response(self, code: ErrorCode, message: str) -> object:
+        """A response that carries an error. Servers that do not know a code report it as INTERNAL."""
+        error_type = self._module.TritonError
+        return self._module.InferenceResponse(
+            output_tensors=[], error=error_type(message, getattr(error_type, code.value, error_type.INTERNAL))
+        )
+
+    def metric_family(self, kind: str, name: str, description: str) -> Any:
+        """A metric family; kind: counter, gauge or histogram. Raises when the server has metrics turned off."""
+        family = self._module.MetricFamily
+        return family(name=name, description=description, kind=getattr(family, kind.upper()))
+
+    def log_info(self, message: str) -> None:
+        """Write to the server's log."""
+        self._module.Logger.log_info(message)
+
+    def log_warning(self, message: str) -> None:
+        """Write to the server's log."""
+        self._module.Logger.log_warn(message)
+
+    def log_error(self, message: str) -> None:
+        """Write to the server's log."""
+        self._module.Logger.log_error(message)
