@@ -2,6 +2,7 @@
 torch.
 """
 
+from charonia.text.chat import render_chat
 from charonia.text.detokenizer import IncrementalDetokenizer
 from charonia.text.output_processor import SequenceProcessor, convert_logprobs, merge
 from charonia.text.stop import StopChecker, StopMatch
@@ -15,4 +16,5 @@ __all__ = [
     "Tokenizer",
     "convert_logprobs",
     "merge",
+    "render_chat",
 ]

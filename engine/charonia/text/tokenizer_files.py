@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from charonia.errors import ModelLoadError
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
+
+from charonia.errors import ModelLoadError
 
 
 class TokenizerFiles(msgspec.Struct, frozen=True):
