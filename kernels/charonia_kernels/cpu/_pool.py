@@ -44,7 +44,7 @@ _INSIDE_MASK = _JOINED - 1
 _SPINS = 2000
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _read(typing_context: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
@@ -52,7 +52,7 @@ def _read(typing_context: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _write(typing_context: Any, address: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store_atomic(args[1], builder.inttoptr(args[0], _I64.as_pointer()), "seq_cst", 8)
@@ -61,7 +61,7 @@ def _write(typing_context: Any, address: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _add(typing_context: Any, address: Any, value: Any) -> Any:
     """Atomic add; returns the old value."""
 
@@ -71,7 +71,7 @@ def _add(typing_context: Any, address: Any, value: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _swap_if(typing_context: Any, address: Any, expected: Any, value: Any) -> Any:
     """Atomic compare-and-swap; returns whether it took place."""
 
@@ -82,7 +82,7 @@ def _swap_if(typing_context: Any, address: Any, expected: Any, value: Any) -> An
     return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _relax(typing_context: Any) -> Any:
     """Tell the core that this is a spin loop."""
 
@@ -99,13 +99,15 @@ def _relax(typing_context: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _call(typing_context: Any, function: Any, argument: Any) -> Any:
     """Call the C function ``int(void *)`` or ``void(void *)`` at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [builder.inttoptr(args[1], cgutils.voidptr_t)])
+        builder.call(
+            builder.inttoptr(args[0], kind.as_pointer()), [builder.inttoptr(args[1], cgutils.voidptr_t)]
+        )
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen

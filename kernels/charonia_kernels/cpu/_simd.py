@@ -8,11 +8,10 @@ every tile shape. A row's result therefore does not depend on how many rows it i
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 LANES = 8
 _I64 = ir.IntType(64)
@@ -20,7 +19,7 @@ _F32 = ir.FloatType()
 _VEC = ir.VectorType(_F32, LANES)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typing_context: Any, address: Any, dtype: Any) -> Any:
     """The integer ``address`` as a typed pointer."""
     result = types.CPointer(dtype.instance_type)
@@ -31,7 +30,7 @@ def pointer(typing_context: Any, address: Any, dtype: Any) -> Any:
     return result(address, dtype), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def offset(typing_context: Any, base: Any, elements: Any) -> Any:
     """``base + elements``, in elements."""
 
@@ -42,7 +41,7 @@ def offset(typing_context: Any, base: Any, elements: Any) -> Any:
 
 
 def _claim_field(position: int) -> Callable[[Any], int]:
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def claim(typing_context: Any, record: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             fields = builder.bitcast(args[0], _I64.as_pointer())
@@ -60,39 +59,26 @@ claim_worker = _claim_field(1)
 """Atomically take a worker number, for kernels whose workers own scratch memory."""
 
 
-def load(array: Any, index: int) -> float:
-    """Element ``index`` as fp32; uint16 storage is bf16."""
-    raise NotImplementedError("compiled code only")
+@intrinsic
+def load(typing_context: Any, base: Any, index: Any) -> Any:
+    """Element ``index`` behind a pointer to fp32 or bf16 (uint16), as fp32."""
+    is_bf16 = base.dtype == types.uint16
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load_scalar(builder, args[0], args[1], is_bf16)
+
+    return types.float32(base, types.int64), codegen
 
 
-def store(array: Any, index: int, value: float) -> None:
-    """Write fp32 ``value``, rounded to nearest even where the storage is bf16 (uint16)."""
-    raise NotImplementedError("compiled code only")
+@intrinsic
+def store(typing_context: Any, base: Any, index: Any, value: Any) -> Any:
+    """Write an fp32 value behind a pointer to fp32, or rounded to nearest even behind a pointer to bf16 (uint16)."""
 
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _store_scalar(builder, args[2], builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
 
-@overload(load, inline="always")  # type: ignore[untyped-decorator]
-def _load(array, index):  # type: ignore[no-untyped-def]
-    if array.dtype == types.uint16:
-        return lambda array, index: np.uint32(np.uint32(array[index]) << np.uint32(16)).view(np.float32)
-    return lambda array, index: array[index]
-
-
-@overload(store, inline="always")  # type: ignore[untyped-decorator]
-def _store(array, index, value):  # type: ignore[no-untyped-def]
-    if array.dtype != types.uint16:
-
-        def store_f32(array, index, value):  # type: ignore[no-untyped-def]
-            array[index] = np.float32(value)
-
-        return store_f32
-
-    def store_bf16(array, index, value):  # type: ignore[no-untyped-def]
-        bits = np.float32(value).view(np.uint32)
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-        nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        array[index] = np.uint16((np.uint32(0x7FC00000) if nan else rounded) >> np.uint32(16))
-
-    return store_bf16
+    return types.void(base, types.int64, types.float32), codegen
 
 
 def _load_lanes(builder: Any, base: Any, index: Any, is_bf16: bool) -> Any:
@@ -125,7 +111,9 @@ def _store_scalar(builder: Any, value: Any, target: Any) -> None:
     odd = builder.and_(builder.lshr(bits, i32(16)), i32(1))
     rounded = builder.add(builder.add(bits, i32(0x7FFF)), odd)
     is_nan = builder.fcmp_unordered("uno", value, value)
-    builder.store(builder.trunc(builder.lshr(builder.select(is_nan, i32(0x7FC00000), rounded), i32(16)), i16), target)
+    builder.store(
+        builder.trunc(builder.lshr(builder.select(is_nan, i32(0x7FC00000), rounded), i32(16)), i16), target
+    )
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -155,8 +143,10 @@ def dot_tile(rows: int, columns: int) -> Callable[..., None]:
     x and bias point to fp32 (bias may be null), w and out to fp32 or bf16; strides are in elements.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def tile(typing_context: Any, x: Any, xs: Any, w: Any, ws: Any, depth: Any, bias: Any, out: Any, outs: Any) -> Any:
+    @intrinsic
+    def tile(
+        typing_context: Any, x: Any, xs: Any, w: Any, ws: Any, depth: Any, bias: Any, out: Any, outs: Any
+    ) -> Any:
         i64 = types.int64
         signature = types.void(x, i64, w, i64, i64, bias, out, i64)
         is_bf16 = w.dtype == types.uint16
@@ -175,7 +165,9 @@ def dot_tile(rows: int, columns: int) -> Callable[..., None]:
                     x_value = _load_lanes(builder, x_rows[r], k, False)
                     for c in range(columns):
                         accumulator = lanes[r, c]
-                        builder.store(_fma(builder, x_value, w_values[c], builder.load(accumulator)), accumulator)
+                        builder.store(
+                            _fma(builder, x_value, w_values[c], builder.load(accumulator)), accumulator
+                        )
             sums = {cell: cgutils.alloca_once(builder, _F32) for cell in cells}
             for cell in cells:
                 builder.store(_sum_lanes(builder, builder.load(lanes[cell])), sums[cell])
@@ -208,7 +200,7 @@ def outer_tile(rows: int, vectors: int) -> Callable[..., None]:
     p and acc point to fp32, v to fp32 or bf16; strides are in elements.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def tile(typing_context: Any, p: Any, ps: Any, v: Any, vs: Any, depth: Any, acc: Any, accs: Any) -> Any:
         i64 = types.int64
         signature = types.void(p, i64, v, i64, i64, acc, i64)
@@ -220,7 +212,9 @@ def outer_tile(rows: int, vectors: int) -> Callable[..., None]:
             acc_rows = [builder.gep(acc_base, [builder.mul(acc_stride, _I64(r))]) for r in range(rows)]
             cells = [(r, c) for r in range(rows) for c in range(vectors)]
             lanes = {
-                (r, c): cgutils.alloca_once_value(builder, _load_lanes(builder, acc_rows[r], _I64(c * LANES), False))
+                (r, c): cgutils.alloca_once_value(
+                    builder, _load_lanes(builder, acc_rows[r], _I64(c * LANES), False)
+                )
                 for r, c in cells
             }
             with cgutils.for_range_slice(builder, _I64(0), depth, _I64(1), _I64) as (j, _):

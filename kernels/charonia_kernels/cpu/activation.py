@@ -47,9 +47,9 @@ def _build(x_type: Any, gelu: bool) -> Callable[[Any], None]:
                 break
             for row in range(item * _ROWS_PER_ITEM, min(a.rows, (item + 1) * _ROWS_PER_ITEM)):
                 start = a.x + row * a.x_stride * size
-                gate = carray(pointer(start, x_type), a.width)
-                up = carray(pointer(start + a.width * size, x_type), a.width)
-                out = carray(pointer(a.out + row * a.width * size, x_type), a.width)
+                gate = pointer(start, x_type)
+                up = pointer(start + a.width * size, x_type)
+                out = pointer(a.out + row * a.width * size, x_type)
                 _gated(gate, up, out, a.width, gelu)
 
     return entry

@@ -19,6 +19,8 @@ from charonia_kernels.cpu._jit import INT, SOURCE_DIGEST, WORK, Kernel, jit
 from charonia_kernels.cpu._simd import claim_item, dot_tile, offset, pointer
 
 _F32 = numba.float32
+
+
 class _Args(ctypes.Structure):
     _fields_ = [
         *WORK,
@@ -139,7 +141,9 @@ def plan_linear(
 @lru_cache(maxsize=1)
 def has_native_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AVX-512 BF16 or AMX), as torch sees it."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    probes = (
+        getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
     return any(probe is not None and probe() for probe in probes)
 
 

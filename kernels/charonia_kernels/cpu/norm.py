@@ -48,17 +48,17 @@ def _build(x_type: Any, residual_type: Any, weight_type: Any, add: bool) -> Call
         if digest == "":
             return
         a = carray(args, 1)[0]
-        weight = carray(pointer(a.weight, weight_type), a.width)
+        weight = pointer(a.weight, weight_type)
         while True:
             item = claim_item(args)
             if item >= a.num_items:
                 break
             for row in range(item * _ROWS_PER_ITEM, min(a.rows, (item + 1) * _ROWS_PER_ITEM)):
-                x = carray(pointer(a.x + row * a.x_stride * x_bytes, x_type), a.width)
-                out = carray(pointer(a.out + row * a.width * x_bytes, x_type), a.width)
+                x = pointer(a.x + row * a.x_stride * x_bytes, x_type)
+                out = pointer(a.out + row * a.width * x_bytes, x_type)
                 if add:
                     residual_address = a.residual + row * a.residual_stride * residual_bytes
-                    residual = carray(pointer(residual_address, residual_type), a.width)
+                    residual = pointer(residual_address, residual_type)
                     _accumulate(x, residual, a.width)
                     _normalise(residual, weight, out, a.width, a.eps)
                 else:

@@ -23,7 +23,16 @@ from numba import carray
 
 from charonia_kernels.cpu._jit import FLOAT, INT, SOURCE_DIGEST, WORK, Kernel, jit, workers_for
 from charonia_kernels.cpu._math import exp_f32
-from charonia_kernels.cpu._simd import claim_item, claim_worker, dot_tile, load, offset, outer_tile, pointer, store
+from charonia_kernels.cpu._simd import (
+    claim_item,
+    claim_worker,
+    dot_tile,
+    load,
+    offset,
+    outer_tile,
+    pointer,
+    store,
+)
 
 TILE_KEYS = 64
 TILE_ROWS = 48
@@ -36,7 +45,10 @@ _NEGATIVE_INFINITY = np.float32(-np.inf)
 class _Args(ctypes.Structure):
     _fields_ = [
         *WORK,
-        *((name, INT) for name in ("q", "keys", "values", "block_table", "seq_lens", "query_start_loc", "out")),
+        *(
+            (name, INT)
+            for name in ("q", "keys", "values", "block_table", "seq_lens", "query_start_loc", "out")
+        ),
         *((name, INT) for name in ("scratch", "scratch_stride", "parts", "num_parts")),
         *((name, INT) for name in ("tokens", "sequences", "heads", "kv_heads", "head_dim", "q_stride")),
         *((name, INT) for name in ("block_size", "block_stride", "table_stride", "queries_per_tile")),
@@ -147,7 +159,7 @@ def _softmax_row(scores, low, high, count, soft_cap, maximum, row):  # type: ign
         weight = exp_f32(scores[key] - peak)
         scores[key] = weight
         added += weight
-    for key in range(0, low):
+    for key in range(low):
         scores[key] = np.float32(0.0)
     for key in range(max(low, high), count):
         scores[key] = np.float32(0.0)
@@ -202,7 +214,9 @@ def _attend(a, cache, values, table, tile, kv_head, rows, position, begin, end):
             own = position + row // group - start
             high = min(count, max(0, own + 1))
             low = min(high, max(0, own + 1 - a.window)) if a.window > 0 else 0
-            factor, added = _softmax_row(offset(scores, row * TILE_KEYS), low, high, count, soft_cap, maximum, row)
+            factor, added = _softmax_row(
+                offset(scores, row * TILE_KEYS), low, high, count, soft_cap, maximum, row
+            )
             denominator[row] = denominator[row] * factor + added
             if factor != np.float32(1.0):
                 for i in range(row * dim, (row + 1) * dim):
@@ -291,7 +305,11 @@ def _build(q_type: Any, cache_type: Any) -> Callable[[Any], None]:
             first = a.tokens - 1 - item // (a.kv_heads * a.num_parts)
             kv_head, part = item // a.num_parts % a.kv_heads, item % a.num_parts
             sequence = _sequence_of(first, starts, a.sequences)
-            start, stop, length = np.int64(starts[sequence]), np.int64(starts[sequence + 1]), np.int64(lengths[sequence])
+            start, stop, length = (
+                np.int64(starts[sequence]),
+                np.int64(starts[sequence + 1]),
+                np.int64(lengths[sequence]),
+            )
             single = stop - start == 1
             padding = first >= stop
             if part > 0 and (padding or not single):
@@ -363,7 +381,9 @@ def _build_combine(q_type: Any) -> Callable[[Any], None]:
             if starts[sequence + 1] - row != 1 or first >= last:
                 continue
             for head in range(a.heads):
-                parts = pointer(a.parts + 4 * (sequence * a.num_parts * a.heads + head) * (a.head_dim + 2), _F32)
+                parts = pointer(
+                    a.parts + 4 * (sequence * a.num_parts * a.heads + head) * (a.head_dim + 2), _F32
+                )
                 _combine_head(a, parts, total, first, last, offset(out, (row * a.heads + head) * a.head_dim))
 
     return entry
@@ -415,7 +435,9 @@ def paged_attention(
     threads = workers_for(tokens * heads * head_dim * 64, items)
     stride = queries_per_tile * group * (2 * head_dim + TILE_KEYS + 2)
     scratch = torch.empty(threads * stride, dtype=torch.float32)
-    parts = torch.empty(sequences * num_parts * heads * (head_dim + 2) if num_parts > 1 else 0, dtype=torch.float32)
+    parts = torch.empty(
+        sequences * num_parts * heads * (head_dim + 2) if num_parts > 1 else 0, dtype=torch.float32
+    )
     args = _Args(
         0,
         0,

@@ -21,7 +21,10 @@ _I64 = numba.int64
 class _Args(ctypes.Structure):
     _fields_ = [
         *WORK,
-        *((name, INT) for name in ("qkv", "positions", "slots", "cos_sin", "keys", "values", "q_weight", "k_weight")),
+        *(
+            (name, INT)
+            for name in ("qkv", "positions", "slots", "cos_sin", "keys", "values", "q_weight", "k_weight")
+        ),
         *((name, INT) for name in ("out", "tokens", "heads", "kv_heads", "head_dim", "rot", "qkv_stride")),
         *((name, INT) for name in ("block_size", "block_stride", "q_norm", "k_norm")),
         ("eps", FLOAT),
@@ -61,29 +64,29 @@ def _build(x_type: Any, cache_type: Any) -> Callable[[Any], None]:
             return
         a = carray(args, 1)[0]
         dim, half = a.head_dim, a.rot // 2
-        positions = carray(pointer(a.positions, _I64), a.tokens)
-        slots = carray(pointer(a.slots, _I64), a.tokens)
-        q_weight, k_weight = carray(pointer(a.q_weight, _F32), dim), carray(pointer(a.k_weight, _F32), dim)
+        positions = pointer(a.positions, _I64)
+        slots = pointer(a.slots, _I64)
+        q_weight, k_weight = pointer(a.q_weight, _F32), pointer(a.k_weight, _F32)
         while True:
             item = claim_item(args)
             if item >= a.num_items:
                 break
             for token in range(item * _TOKENS_PER_ITEM, min(a.tokens, (item + 1) * _TOKENS_PER_ITEM)):
-                cos = carray(pointer(a.cos_sin + positions[token] * a.rot * 4, _F32), half)
-                sin = carray(pointer(a.cos_sin + (positions[token] * a.rot + half) * 4, _F32), half)
+                cos = pointer(a.cos_sin + positions[token] * a.rot * 4, _F32)
+                sin = pointer(a.cos_sin + (positions[token] * a.rot + half) * 4, _F32)
                 row = a.qkv + token * a.qkv_stride * x_bytes
                 for head in range(a.heads):
-                    x = carray(pointer(row + head * dim * x_bytes, x_type), dim)
-                    out = carray(pointer(a.out + (token * a.heads + head) * dim * x_bytes, x_type), dim)
+                    x = pointer(row + head * dim * x_bytes, x_type)
+                    out = pointer(a.out + (token * a.heads + head) * dim * x_bytes, x_type)
                     _norm_rotate(x, q_weight, a.q_norm, cos, sin, out, dim, half, a.eps)
                 block, place = slots[token] // a.block_size, slots[token] % a.block_size
                 for head in range(a.kv_heads):
                     target = (block * a.block_stride + (head * a.block_size + place) * dim) * cache_bytes
-                    key = carray(pointer(row + (a.heads + head) * dim * x_bytes, x_type), dim)
-                    out_key = carray(pointer(a.keys + target, cache_type), dim)
+                    key = pointer(row + (a.heads + head) * dim * x_bytes, x_type)
+                    out_key = pointer(a.keys + target, cache_type)
                     _norm_rotate(key, k_weight, a.k_norm, cos, sin, out_key, dim, half, a.eps)
-                    value = carray(pointer(row + (a.heads + a.kv_heads + head) * dim * x_bytes, x_type), dim)
-                    _copy(value, carray(pointer(a.values + target, cache_type), dim), dim)
+                    value = pointer(row + (a.heads + a.kv_heads + head) * dim * x_bytes, x_type)
+                    _copy(value, pointer(a.values + target, cache_type), dim)
 
     return entry
 

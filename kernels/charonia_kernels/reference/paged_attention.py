@@ -43,25 +43,35 @@ def paged_attention(
         first, last = starts[index], starts[index + 1]
         if first == last or length == 0:
             continue
-        blocks = block_table[index, : -(-length // block_size)].long()
+        # Keys that no query sees are not read: behind the window, their blocks may belong to someone else by now.
+        queries = last - first
+        begin = 0 if sliding_window is None else max(0, length - queries - sliding_window + 1)
+        skipped = begin // block_size
+        blocks = block_table[index, skipped : -(-length // block_size)].long()
         keys, values = (
-            cache[blocks].transpose(0, 1).reshape(num_kv_heads, 1, -1, head_dim)[:, :, :length].to(dtype)
+            cache[blocks]
+            .transpose(0, 1)
+            .reshape(num_kv_heads, 1, -1, head_dim)[
+                :, :, begin - skipped * block_size : length - skipped * block_size
+            ]
+            .to(dtype)
             for cache in (key_cache, value_cache)
         )
-        queries = q[first:last].to(dtype).view(last - first, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        scores = (queries @ keys.transpose(-1, -2)) * scale
+        rows = q[first:last].to(dtype).view(queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+        scores = (rows @ keys.transpose(-1, -2)) * scale
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        scores.masked_fill_(~_visible(last - first, length, sliding_window, q.device), float("-inf"))
-        # A row whose sequence is shorter than its query count sees nothing: its softmax is NaN, its output zero.
-        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0) if length < last - first else scores.softmax(dim=-1)
-        out[first:last] = (weights @ values).permute(2, 0, 1, 3).reshape(last - first, -1, head_dim).to(q.dtype)
+        visible = _visible(queries, begin, length, sliding_window, q.device)
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+        # A row that sees no key has a softmax of NaN.
+        weights = weights.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+        out[first:last] = (weights @ values).permute(2, 0, 1, 3).reshape(queries, -1, head_dim).to(q.dtype)
     return out
 
 
-def _visible(queries: int, length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor:
-    """``[queries, length]`` bool: which key each query sees."""
+def _visible(queries: int, begin: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """``[queries, length - begin]`` bool: which of the keys from ``begin`` on each query sees."""
     position = torch.arange(length - queries, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None, :]
+    key = torch.arange(begin, length, device=device)[None, :]
     visible = key <= position
-    return visible if sliding_window is None else visible & (key > position - sliding_window)
+    return visible if window is None else visible & (key > position - window)

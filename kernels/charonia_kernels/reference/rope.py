@@ -1,4 +1,4 @@
-"""What lies between the QKV projection and attention: per-head norm, rotary embedding, KV cache write."""
+"""What lies between the QKV projection and attention: per-head norm, rotary embedding (Su et al., 2021), KV write."""
 
 import torch
 
@@ -7,7 +7,7 @@ from charonia_kernels.reference.norm import rms_norm
 
 
 def _rotate(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first ``rot`` lanes of ``x [T, heads, D]`` by ``cos_sin [T, rot]`` (Su et al., 2021; halves, not pairs)."""
+    """Rotate the first ``rot`` lanes of ``x [T, heads, D]`` by ``cos_sin [T, rot]``; lane i pairs with i + rot / 2."""
     half = cos_sin.shape[-1] // 2
     cos, sin = cos_sin[:, None, :half], cos_sin[:, None, half:]
     low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -51,7 +51,7 @@ def qk_norm_rope_write(
     tokens = qkv.shape[0]
     dtype = compute_dtype(qkv)
     heads = qkv.to(dtype).view(tokens, num_heads + 2 * num_kv_heads, head_dim)
-    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm_weight is not None:
         q = rms_norm(q, q_norm_weight, eps)
     if k_norm_weight is not None:
