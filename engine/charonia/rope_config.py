@@ -82,7 +82,7 @@ def parse_rope(parameters: Mapping[str, Any], *, theta: float, max_position_embe
     """
     rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
     try:
-        raw = msgspec.convert(dict(parameters), _RawRope)
+        raw = msgspec.convert({"rope_theta": theta, **parameters}, _RawRope)
     except msgspec.ValidationError as error:
         raise ModelLoadError(f"config.json: bad rope parameters: {error}") from None
     if raw.partial_rotary_factor not in (None, 1.0):

@@ -1,4 +1,4 @@
-"""Every architecture against transformers: the same logits and the same greedy tokens, through real paged caches."""
+"""Every architecture against transformers: same logits, same greedy tokens, through real paged caches."""
 
 import functools
 import json
@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.paged_context import PagedContext, Sequence, greedy
-from support.tiny_models import TINY_MODELS, save_tiny_model, tiny_model
-from transformers import PreTrainedModel
-from transformers.models.gemma3 import modeling_gemma3
-
 from charonia.config import EngineConfig
 from charonia.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
 from charonia.models import LoadedModel, load_model, resolve_dtype
 from charonia.models.registry import ARCHITECTURES
+from support.paged_context import PagedContext, Sequence, greedy
+from support.tiny_models import TINY_MODELS, save_tiny_model, tiny_model
+from transformers import PreTrainedModel
+from transformers.models.gemma3 import modeling_gemma3
 
 CPU = torch.device("cpu")
 PROMPT_LENGTHS = (1, 5, 23, 40)

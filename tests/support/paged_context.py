@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-
 from charonia.model_config import ModelConfig
 from charonia.models import AttentionSpec, CausalLM
 from charonia_kernels import paged_attention, qk_norm_rope_write
@@ -50,7 +49,7 @@ class PagedContext:
         return out.reshape(len(out), -1)
 
     def step(self, model: CausalLM, batch: list[tuple[Sequence, int]]) -> torch.Tensor:
-        """Advance each sequence by so many of its tokens; logits of the advanced tokens, one sequence after the other."""
+        """Advance each sequence by so many tokens; logits of all of them, one sequence after the other."""
         ids, positions, slots, lengths, starts = [], [], [], [], [0]
         for sequence, count in batch:
             first, last = sequence.num_computed, sequence.num_computed + count
@@ -58,7 +57,9 @@ class PagedContext:
                 sequence.blocks.append(self.free.pop())
             ids += sequence.tokens[first:last]
             positions += range(first, last)
-            slots += [sequence.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, last)]
+            slots += [
+                sequence.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(first, last)
+            ]
             lengths.append(last)
             starts.append(len(ids))
             sequence.num_computed = last
@@ -76,7 +77,7 @@ class PagedContext:
 def greedy(
     model: CausalLM, config: ModelConfig, prompts: list[list[int]], new_tokens: int, chunk: int = 1 << 30
 ) -> list[list[int]]:
-    """Greedy continuations of a ragged batch; prompts advance by `chunk` tokens a step beside sequences that decode."""
+    """Greedy continuations of a ragged batch; prompts advance by `chunk` tokens a step beside decodes."""
     longest = max(len(prompt) for prompt in prompts) + new_tokens
     context = PagedContext(
         config, 2 + len(prompts) * (longest // BLOCK_SIZE + 1), model.embed_tokens.weight.dtype

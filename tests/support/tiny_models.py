@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported architecture, written by transformers: what the engine is checked against."""
+"""Tiny random checkpoints of every supported architecture, written by transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +70,12 @@ TINY_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "llama-mha-tied": lambda: _llama(num_key_value_heads=4, tie_word_embeddings=True),
     "llama-mqa-biases": lambda: _llama(num_key_value_heads=1, attention_bias=True, mlp_bias=True),
-    "llama-wide-heads": lambda: _llama(head_dim=32, num_attention_heads=3, num_key_value_heads=1, hidden_size=48),
-    "llama-rope-linear": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 3.0}),
+    "llama-wide-heads": lambda: _llama(
+        head_dim=32, num_attention_heads=3, num_key_value_heads=1, hidden_size=48
+    ),
+    "llama-rope-linear": lambda: _llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 3.0}
+    ),
     "llama-rope-llama3": lambda: _llama(rope_parameters=LLAMA3),
     "llama-rope-yarn": lambda: _llama(rope_parameters=YARN),
     "llama-rope-yarn-untruncated": lambda: _llama(
@@ -106,7 +110,7 @@ TINY_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def tiny_model(name: str) -> PreTrainedModel:
-    """The model in fp32, its weights fixed by the name; norms and biases are random too, so that none can be left out."""
+    """The model in fp32, its weights fixed by the name; norms and biases are random too."""
     with torch.random.fork_rng():
         torch.manual_seed(sum(name.encode()))
         model = TINY_MODELS[name]().eval()

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from charonia_kernels import silu_mul
+
 from charonia.model_config import ModelConfig
 from charonia.models.attention import AttentionContext, AttentionSpec
 from charonia.models.layers import Embedding, Linear, RMSNorm, WeightBuilder
-from charonia_kernels import silu_mul
 
 
 class Attention:
-    """Grouped-query attention (Ainslie et al., 2023), rotary positions and, in some models, normed q and k."""
+    """Grouped-query attention (Ainslie et al., 2023), rotary positions and, if asked for, normed q and k."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class DecoderLayer(Protocol):
         positions: torch.Tensor,
         attn: AttentionContext,
     ) -> torch.Tensor:
-        """Add `update [T, H]` and all blocks but the last to `residual [T, H]` in place; return the last's."""
+        """Add `update [T, H]` and all blocks but the last to `residual [T, H]`; return the last's update."""
         ...
 
 

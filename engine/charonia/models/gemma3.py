@@ -5,11 +5,12 @@ weights are stored less one.
 """
 
 import torch
+from charonia_kernels import gelu_tanh_mul
+
 from charonia.model_config import ModelConfig
 from charonia.models.attention import AttentionContext
 from charonia.models.decoder import Attention, CausalLM, GatedMLP
 from charonia.models.layers import RMSNorm, WeightBuilder
-from charonia_kernels import gelu_tanh_mul
 
 
 class Gemma3Layer:

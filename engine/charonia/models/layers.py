@@ -1,7 +1,7 @@
 """The parts that models are made of, and the builder that makes them. A part holds its weights, nothing else.
 
-The builder allocates every parameter once, fused (QKV, gate and up), and hands out *slots*: views of it that the
-loader fills straight from the checkpoint. Another weight format means another builder, not other model files.
+The builder allocates every parameter once, fused (QKV, gate and up), and hands out *slots*: views of it for
+the loader to fill. Another weight format means another builder, not other model files.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import charonia_kernels as kernels
 import torch
 import torch.nn.functional as F
+
 from charonia.models.rope import cos_sin_table
 from charonia.rope_config import RopeConfig
 
@@ -60,7 +61,7 @@ class RMSNorm:
         return kernels.rms_norm(x, self.weight, self.eps)
 
     def add(self, update: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-        """Add `update [T, H]` (None before the first block) to `residual [T, H]` in place; return it normed."""
+        """Add `update [T, H]` (None before the first block) to `residual [T, H]` in place; norm that."""
         if update is None:
             return kernels.rms_norm(residual, self.weight, self.eps)
         return kernels.add_rms_norm(update, residual, self.weight, self.eps)
@@ -99,7 +100,7 @@ class WeightBuilder:
     def linear(
         self, prefix: str, in_features: int, outputs: Mapping[str, int], *, bias: bool = False
     ) -> Linear:
-        """One projection, fused of the checkpoint's `prefix.name` for each name in `outputs` (name to rows)."""
+        """One projection, fused of `prefix.name` for each name in `outputs`, which maps it to its rows."""
         rows = sum(outputs.values())
         weight = self._own(torch.empty(rows, in_features, dtype=self._dtype, device=self._device))
         biases = self._own(torch.zeros(rows, dtype=self._dtype, device=self._device)) if bias else None
@@ -128,14 +129,14 @@ class WeightBuilder:
         return Linear(weight)
 
     def norm(self, name: str, size: int, eps: float, *, plus_one: bool = False) -> RMSNorm:
-        """The norm `name.weight`. With `plus_one` the effective weight is 1 + w, kept in fp32: bf16 would round it."""
+        """The norm `name.weight`; `plus_one` makes it 1 + w, in fp32, as bf16 would round that."""
         dtype = torch.float32 if plus_one else self._dtype
         weight = self._own(torch.ones(size, dtype=dtype, device=self._device))
         self.slots.append(WeightSlot(f"{name}.weight", weight, offset=1.0 if plus_one else 0.0))
         return RMSNorm(weight, eps)
 
     def rope(self, config: RopeConfig, head_dim: int) -> torch.Tensor:
-        """The rotary table of `config`: `[max_positions, head_dim]` fp32, one for all layers with that rope."""
+        """The rotary table `[max_positions, head_dim]`, fp32, shared by all layers with an equal `config`."""
         key = (config, head_dim)
         if key not in self._tables:
             self._tables[key] = self._own(cos_sin_table(config, head_dim, self._max_positions, self._device))

@@ -1,7 +1,6 @@
 """Llama (Touvron et al., 2023), and the models that are Llama under another name: Mistral, SmolLM2.
 
-What sets them apart is data of the `ModelConfig`: rope scaling (Llama 3.1), sliding windows (Mistral), biases, tied
-heads.
+What sets them apart is data of the `ModelConfig`: rope scaling, sliding windows, biases, tied heads.
 """
 
 from charonia.model_config import ModelConfig

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (Yang et al., 2024): Llama with biases on q, k and v, and optional windows on upper layers."""
+"""Qwen2 and Qwen2.5 (Yang et al., 2024): Llama with biases on q, k and v, and windows on upper layers."""
 
 from charonia.model_config import ModelConfig
 from charonia.models.decoder import Attention, CausalLM, pre_norm_lm

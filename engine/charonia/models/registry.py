@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from charonia.config import EngineConfig
 from charonia.model_config import ModelConfig
 from charonia.models.decoder import CausalLM
@@ -41,7 +42,7 @@ def load_model(
     """Build the model of `config` and fill it from `engine.model`, or randomly if the load format is `dummy`.
 
     Args:
-        engine: directory, load format and seed; its `max_model_len` bounds the positions, else the model's own.
+        engine: directory, load format, seed; its `max_model_len` bounds the positions, else the model's own.
         config: of that directory, from `ModelConfig.from_dir`.
         device: where the weights go.
         dtype: of weights and activations.

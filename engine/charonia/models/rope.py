@@ -3,6 +3,7 @@
 import math
 
 import torch
+
 from charonia.rope_config import LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
 
 
@@ -45,9 +46,9 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> torch.Tensor:
 
 
 def _llama3(inv_freq: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
-    """Blend by how often a pair turns within the original context.
+    """Scale each frequency by how often it turns within the original context.
 
-    Frequencies of `low_freq_factor` turns or fewer are divided by the factor, of `high_freq_factor` or more kept.
+    With `low_freq_factor` turns or fewer it is divided by the factor, with `high_freq_factor` or more kept.
     """
     turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
@@ -56,7 +57,7 @@ def _llama3(inv_freq: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
 
 
 def _yarn_kept(theta: float, head_dim: int, scaling: YarnScaling) -> torch.Tensor:
-    """How much of each frequency is kept, `[head_dim / 2]`: 1 for fast pairs, 0 for slow ones, a ramp between."""
+    """How much of each frequency is kept: `[head_dim / 2]`, 1 for fast pairs, 0 for slow, a ramp between."""
 
     def dimension(turns: float) -> float:
         """The (fractional) pair that turns so many times within the original context."""

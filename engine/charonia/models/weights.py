@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+
 from charonia.errors import ModelLoadError
 from charonia.models.layers import WeightSlot
-from safetensors import SafetensorError, safe_open
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -18,15 +19,15 @@ _NAMED_IN_ERRORS = 4
 
 
 def load_safetensors(directory: Path, slots: Sequence[WeightSlot]) -> None:
-    """Copy every tensor of a checkpoint into its slot, cast to the slot's dtype, straight from the mapped file.
+    """Copy every tensor of a checkpoint from the mapped file into its slot, cast to the slot's dtype.
 
     Args:
         directory: holds model.safetensors, or model.safetensors.index.json and the files that it names.
         slots: where the tensors go; each is written exactly once.
 
     Raises:
-        ModelLoadError: no safetensors, a truncated file, or tensors missing, unexpected or of another shape than
-            config.json says (a few are named).
+        ModelLoadError: no safetensors, a truncated file, or tensors missing, unexpected or of another shape
+            than config.json says (a few are named).
     """
     wanted = {slot.name: slot for slot in slots}
     seen: set[str] = set()
@@ -80,7 +81,8 @@ def _check_shape(slot: WeightSlot, tensor: torch.Tensor) -> None:
         raise ModelLoadError(f"tensor {slot.name!r} holds {tensor.dtype}, not floating-point values")
     if tensor.shape != slot.target.shape:
         raise ModelLoadError(
-            f"tensor {slot.name!r} has shape {list(tensor.shape)}, but config.json makes it {list(slot.target.shape)}"
+            f"tensor {slot.name!r} has shape {list(tensor.shape)}, but by config.json it should have "
+            f"{list(slot.target.shape)}"
         )
 
 
@@ -126,8 +128,8 @@ def _files(directory: Path) -> dict[Path, set[str] | None]:
     pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
     if pickled:
         raise ModelLoadError(
-            f"checkpoint {str(directory)!r} holds pickled weights only ({pickled[0]}), which can run code when loaded; "
-            "convert it: safetensors only"
+            f"checkpoint {str(directory)!r} has only pickled weights ({pickled[0]}), which may run "
+            "code when loaded; safetensors only: convert it"
         )
     raise ModelLoadError(f"checkpoint {str(directory)!r} holds neither {_SINGLE_FILE} nor {_INDEX_FILE}")
 
