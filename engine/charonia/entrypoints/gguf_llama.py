@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 Float32Array = npt.NDArray[np.float32]
@@ -81,10 +82,7 @@ def convert(source: Path, target: Path, *, dtype: str) -> None:
     reader = gguf.GGUFReader(source)
     shape = _read_shape(reader)
     weights = _read_weights(reader.tensors, shape)
-    # save_file writes one contiguous copy per tensor; its file mode would be 0600.
-    weights_file = target / "model.safetensors"
-    save_file(weights, weights_file, metadata={"format": "pt"})
-    weights_file.chmod(0o644)
+    _save_weights(weights, target / "model.safetensors")
     bos, eos, pad, unk = (
         _field(reader, f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "padding", "unknown")
     )
@@ -173,6 +171,14 @@ def _split_rotary_halves(weight: Float32Array, num_heads: int) -> Float32Array:
     rows, columns = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _save_weights(weights: dict[str, Float32Array], path: Path) -> None:
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"writing {path.name}: {error}") from error
+    path.chmod(0o644)  # save_file leaves 0600
 
 
 def _config(shape: _Shape, *, tied: bool, dtype: str) -> dict[str, Any]:
