@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from charonia_client import CharoniaClient, CharoniaClientError, GenerateResult, StreamChunk
+
 from charonia.entrypoints.deployment import Deployment, ServeSettings
 from charonia.entrypoints.fetch_model import prepare_default_model
 from charonia.entrypoints.launch_error import LaunchError
@@ -15,7 +17,6 @@ from charonia.entrypoints.ports import http_status
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.serve import add_server_flags, positive_int
 from charonia.entrypoints.triton_server import TritonServer
-from charonia_client import CharoniaClient, CharoniaClientError, GenerateResult, StreamChunk
 
 QUESTION = "What is a trumpet shell, and who blew one in Greek mythology?"
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import msgspec
+
 from charonia.config import EngineConfig
 
 _PREFIX = "engine_"

@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,11 +97,15 @@ def run(options: argparse.Namespace) -> int:
         exit_timeout_s=options.exit_timeout,
         verbose=options.verbose,
     )
-    with stop_on_signals(stop, progress), Deployment(settings) as deployment:
+    with stop_on_signals(stop), Deployment(settings) as deployment:
         supervised = Supervised(
             deployment.make_server, settings.model_name, settings.instances, deployment.runtime_dir
         )
-        supervisor = Supervisor(supervised, stop, progress.say, ready_timeout_s=options.start_timeout)
+
+        def report(line: str) -> None:
+            progress.say(f"{time.strftime('%H:%M:%S')} {line}")
+
+        supervisor = Supervisor(supervised, stop, report, ready_timeout_s=options.start_timeout)
 
         def on_ready(server: TritonServer) -> None:
             took_s = progress.end()
@@ -136,13 +141,10 @@ def ready_message(settings: ServeSettings, server: TritonServer, took_s: float) 
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, progress: Progress) -> Iterator[None]:
+def stop_on_signals(stop: StopRequest) -> Iterator[None]:
     """Within the context, SIGINT, SIGTERM and SIGHUP ask to stop; a second one ends everything at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not stop.drain.is_set():
-            progress.end()
-            progress.say("Stopping: requests in flight may finish; once more to end at once.")
         stop.ask()
 
     # Whoever started us with a signal ignored (nohup) wants it ignored.

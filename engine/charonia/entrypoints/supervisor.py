@@ -1,6 +1,5 @@
 """Keeps a server running: starts it, restarts it with back-off when a part of it dies, and stops it."""
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from pathlib import Path
 from charonia.entrypoints.launch_error import LaunchError
 from charonia.entrypoints.triton_server import TritonServer
 from charonia.entrypoints.watch import ServerWatch, WatchLimits
+
+_REACTION_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class Supervised:
 
 
 class StopRequest:
-    """How a supervisor is told to stop: once to drain, twice to end at once; fit for a signal handler."""
+    """How a supervisor is told to stop: once to drain, twice to end at once.
+
+    Fit for a signal handler, so without a lock: the handler may run while this thread holds it.
+    """
 
     def __init__(self, debounce_s: float = 0.5) -> None:
-        self.drain = threading.Event()
-        self.hurry = threading.Event()
+        self.drain = False
+        self.hurry = False
         self._debounce_s = debounce_s
         self._first = 0.0
 
@@ -67,11 +71,18 @@ class StopRequest:
         (A terminal and a parent such as `timeout` may both pass on one and the same Ctrl-C.)
         """
         now = time.monotonic()
-        if not self.drain.is_set():
+        if not self.drain:
             self._first = now
-            self.drain.set()
+            self.drain = True
         elif now - self._first >= self._debounce_s:
-            self.hurry.set()
+            self.hurry = True
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until asked to stop, at most so long; returns whether that was asked."""
+        deadline = time.monotonic() + seconds
+        while not self.drain and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, _REACTION_S))
+        return self.drain
 
 
 class Supervisor:
@@ -115,24 +126,28 @@ class Supervisor:
         """Serve until asked to stop; no process, port or shared memory is left afterwards, however it ends.
 
         Args:
-            on_ready: called after each start, with the server.
+            on_ready: called once, after the first start, with the server.
             on_poll: called several times a second while a server starts or runs.
 
         Raises:
             LaunchError: the first start failed, or too many restarts were needed.
         """
         has_served = False
-        while not self._stop.drain.is_set():
+        while not self._stop.drain:
             server = self._supervised.make_server()
             try:
                 self._start(server, on_poll)
-                if self._stop.drain.is_set():
+                if self._stop.drain:
                     return
+                if has_served:
+                    self._report("ready again")
+                else:
+                    on_ready(server)
                 has_served = True
-                on_ready(server)
                 fault = self._watch(server, on_poll)
                 if fault is None:
-                    server.stop(self._stop.hurry)
+                    self._report("stopping; requests in flight may finish; ask again to end them")
+                    server.stop(lambda: self._stop.hurry)
                     return
             except LaunchError as error:
                 if not has_served:
@@ -146,14 +161,14 @@ class Supervisor:
         """Start the server and return once it is ready or a stop was asked for. Raises `LaunchError`."""
         server.start()
         deadline = time.monotonic() + self._ready_timeout_s
-        while not self._stop.drain.is_set() and not server.is_ready():
+        while not self._stop.drain and not server.is_ready():
             on_poll(server)
             server.check_running()
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"the model was not ready after {self._ready_timeout_s:g} s", detail=server.log.tail()
                 )
-            self._stop.drain.wait(0.1)
+            self._stop.wait(0.1)
 
     def _watch(self, server: TritonServer, on_poll: Callable[[TritonServer], None]) -> str | None:
         """Return the fault that calls for a restart, or None once a stop was asked for."""
@@ -167,7 +182,7 @@ class Supervisor:
             self._report,
         )
         try:
-            while not self._stop.drain.wait(self._limits.poll_s):
+            while not self._stop.wait(self._limits.poll_s):
                 on_poll(server)
                 if fault := watch.fault():
                     return fault
@@ -180,4 +195,4 @@ class Supervisor:
         if delay is None:
             raise LaunchError(f"{fault}; giving up after too many restarts")
         self._report(f"{fault}; its processes and shared memory are cleared away; restarting in {delay:g} s")
-        self._stop.drain.wait(delay)
+        self._stop.wait(delay)

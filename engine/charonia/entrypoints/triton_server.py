@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -177,18 +177,18 @@ class TritonServer:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
 
-    def stop(self, hurry: threading.Event | None = None) -> None:
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Drain within the exit timeout, kill what is left, remove its files; safe to call again.
 
-        `hurry`, once set, ends the draining at once.
+        The draining ends at once when `hurry` returns True.
         """
         self.request_stop()
         deadline = time.monotonic() + self.exit_timeout_s + _EXIT_MARGIN_S
-        hurry = hurry or threading.Event()
         while self.process is not None and self.process.poll() is None and time.monotonic() < deadline:
-            if hurry.wait(_POLL_S):
+            if hurry():
                 break
-        self._clear(grace_s=0.0 if hurry.is_set() else _LEAVE_S)
+            time.sleep(_POLL_S)
+        self._clear(grace_s=0.0 if hurry() else _LEAVE_S)
 
     def kill(self) -> None:
         """End everything at once: nothing drains. Safe to call again."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+
 from charonia.entrypoints.ports import http_status
 from charonia.entrypoints.processes import child_processes, command_line, exit_status, process_start_time
 from charonia.entrypoints.triton_server import TritonServer, describe_exit
