@@ -78,7 +78,8 @@ class AsyncCharoniaClient:
     those have ended, so that 1 makes every cancellation immediate, at the price of one call (about half a
     millisecond of CPU) a request.
 
-    A cancelled task cancels its request; over HTTP the server notices with its next response. Raises ValueError for a wrong URL or number.
+    A cancelled task cancels its request; over HTTP the server notices with its next response. Raises ValueError
+    for a wrong URL or number.
     """
 
     def __init__(

@@ -66,6 +66,8 @@ def no_server(url: str) -> ServerUnavailableError:
     )
 
 
+_INVALID: Final = InvalidRequestError
+
 _BY_GRPC_STATUS: Final[dict[str, type[CharoniaClientError]]] = {
     "CANCELLED": RequestCancelledError,
     "DEADLINE_EXCEEDED": RequestTimeoutError,
@@ -86,16 +88,29 @@ _BY_HTTP_STATUS: Final[dict[int, type[CharoniaClientError]]] = {
     504: RequestTimeoutError,
 }
 
-# What Triton 2.51 to 2.6x and its Python backend say. First match wins.
+# What Triton and its Python backend say (release 24.10), and what Charonia's model says. First match wins.
 _BY_MESSAGE: Final[tuple[tuple[re.Pattern[str], type[CharoniaClientError]], ...]] = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
         (r"no available versions|not (?:at )?ready|is not healthy", ModelNotReadyError),
+        (r"is being unloaded|is shutting down|engine was lost", ModelNotReadyError),
         (r"unknown model|model .* is not found", NotFoundError),
-        (r"[Ee]xceeds maximum queue size", ServerUnavailableError),
+        (r"maximum queue size|queue is full|requests are waiting", ServerUnavailableError),
+        (r"^internal error", InternalServerError),
+        (r"deadline (?:passed|exceeded)", RequestTimeoutError),
+        (r"the request was cancelled", RequestCancelledError),
+        (r"(?:is|are) not supported|are supported$|structured outputs are not available", UnsupportedError),
         (
             r"inference input|expected \d+ inputs? but got|[Uu]nable to parse|failed to parse the request",
-            InvalidRequestError,
+            _INVALID,
+        ),
+        (
+            r"sampling parameter|^inputs? '|^request parameter|^one of the inputs|^Error generating stream",
+            _INVALID,
+        ),
+        (
+            r"^the prompt |^the request parameters|^'\w+' (?:must|cannot)|^\w+(?:\[\d+\])? must|not in the vocabulary",
+            _INVALID,
         ),
     )
 )

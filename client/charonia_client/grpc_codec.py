@@ -24,6 +24,8 @@ def encode(request: GenerateRequest) -> Any:
         model_name=request.model, model_version=request.model_version, id=request.request_id
     )
     message.parameters[_WANT_EMPTY_FINAL].bool_param = True
+    if request.timeout_us is not None:
+        message.parameters["timeout"].int64_param = request.timeout_us
     for name, value in request.inputs.items():
         datatype, shape, data = _tensor(value)
         message.inputs.add(name=name, datatype=datatype, shape=[shape])

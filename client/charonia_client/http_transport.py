@@ -52,7 +52,9 @@ class HttpTransport:
         """See `Transport`."""
         path = model_path(request.model, request.model_version)
         path += "/generate_stream" if request.stream else "/generate"
-        body = {"id": request.request_id, **request.inputs}
+        body: dict[str, object] = {"id": request.request_id, **request.inputs}
+        if request.timeout_us is not None:
+            body["timeout"] = request.timeout_us
         try:
             async with self._client.stream("POST", path, json=body) as response:
                 if response.status_code != httpx.codes.OK:

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex, TypedDict
 from charonia_client.errors import InvalidRequestError
 
 DEFAULT_MODEL = "llm"
+_MAX_TIMEOUT_S = 1e9
 
 InputValue = str | bool | tuple[int, ...]
 """A model input: STRING [1], BOOL [1] or INT32 [-1]."""
@@ -44,6 +45,8 @@ class SamplingKeywords(TypedDict, total=False):
     allowed_token_ids: Sequence[int]
     logprobs: int
     prompt_logprobs: int
+    priority: int
+    cache_salt: str
 
 
 class RequestOptions(SamplingKeywords, total=False):
@@ -71,16 +74,27 @@ class RequestOptions(SamplingKeywords, total=False):
 
 
 class ChatOptions(RequestOptions, total=False):
-    """Keywords of `chat`: those of `generate`, and what else the chat template takes."""
+    """Keywords of `chat`: those of `generate`, and what else the chat template takes.
+
+    continue_final_message: the answer continues the last message instead of following it.
+    """
 
     tools: Sequence[Mapping[str, Any]]
     tool_choice: str | Mapping[str, Any]
     chat_template_kwargs: Mapping[str, Any]
+    add_generation_prompt: bool
+    continue_final_message: bool
+
+
+_CHAT_KEYS = frozenset(ChatOptions.__annotations__) - frozenset(RequestOptions.__annotations__)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """A request ready for any transport. stream: whether the model answers once or token by token."""
+    """A request ready for any transport. stream: whether the model answers once or token by token.
+
+    timeout: in seconds; the server is told it too, and ends by itself what no cancellation may reach.
+    """
 
     model: str
     model_version: str
@@ -88,6 +102,11 @@ class GenerateRequest:
     inputs: Mapping[str, InputValue]
     stream: bool
     timeout: float | None
+
+    @property
+    def timeout_us(self) -> int | None:
+        """The time limit in microseconds, as Triton counts it."""
+        return None if self.timeout is None else max(1, round(self.timeout * 1e6))
 
 
 def text_request(
@@ -117,11 +136,8 @@ def chat_request(
     """Answer a conversation. Raises `InvalidRequestError` if the messages are not JSON."""
     rest: dict[str, Any] = dict(options)
     model = options.get("model", DEFAULT_MODEL)
-    body: dict[str, Any] = {"messages": list(messages)}
-    for name in ("tools", "tool_choice", "chat_template_kwargs"):
-        if rest.get(name) is not None:
-            body[name] = rest[name]
-        rest.pop(name, None)
+    body = {name: rest.pop(name) for name in _CHAT_KEYS & rest.keys()}
+    body["messages"] = list(messages)
     return _request("messages", _json("messages", body, url, model), rest, stream=stream, url=url)
 
 
@@ -135,7 +151,7 @@ def _request(
     version = rest.pop("model_version", "")
     timeout = rest.pop("timeout", None)
     request_id = rest.pop("request_id", "") or uuid.uuid4().hex
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not 0 < timeout < _MAX_TIMEOUT_S:
         raise InvalidRequestError(
             f"timeout must be a positive number of seconds, got {timeout!r}", url=url, model=model
         )

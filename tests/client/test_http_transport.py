@@ -57,10 +57,10 @@ async def test_the_request_body(scripted_http):
 
     server = scripted_http(script)
     async with AsyncCharoniaClient(server.url) as client:
-        result = await client.generate(token_ids=[1, 2], max_tokens=1, request_id="r")
+        result = await client.generate(token_ids=[1, 2], max_tokens=1, request_id="r", timeout=2.5)
     body = json.loads(server.bodies[0])
     assert body["input_ids"] == [1, 2]
-    assert body["id"] == "r"
+    assert (body["id"], body["timeout"]) == ("r", 2_500_000)
     assert json.loads(body["sampling_parameters"]) == {"max_tokens": 1}
     assert (result.request_id, result.finish_reason, result.usage.num_input_tokens) == ("r", "length", 2)
 

@@ -65,8 +65,10 @@ def test_token_ids_may_come_from_numpy():
 def test_chat_carries_messages_and_template_arguments():
     messages = [{"role": "user", "content": "é"}]
     tools = [{"type": "function"}]
-    request = chat_request(messages, {"tools": tools, "max_tokens": 3}, stream=True, url="u")
-    assert json.loads(request.inputs["messages"]) == {"messages": messages, "tools": tools}
+    options = {"tools": tools, "continue_final_message": True, "max_tokens": 3}
+    request = chat_request(messages, options, stream=True, url="u")
+    expected = {"messages": messages, "tools": tools, "continue_final_message": True}
+    assert json.loads(request.inputs["messages"]) == expected
     assert sampling(request) == {"max_tokens": 3}
     assert request.inputs["stream"] is True
     assert "text_input" not in request.inputs
