@@ -5,8 +5,8 @@ import concurrent.futures
 import queue
 import threading
 import weakref
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Literal, Self, SupportsIndex, TypeVar, Unpack, overload
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Literal, Self, SupportsIndex, TypeAlias, TypeVar, Unpack, overload
 
 from charonia_client.aio import AsyncCharoniaClient, AsyncResponseStream
 from charonia_client.endpoint import Protocol
@@ -16,6 +16,7 @@ from charonia_client.requests import DEFAULT_MODEL, ChatOptions, Message, Reques
 from charonia_client.results import GenerateResult, StreamChunk
 
 T = TypeVar("T")
+_Inbox: TypeAlias = "queue.SimpleQueue[StreamChunk | Exception]"
 
 
 class _LoopThread:
@@ -64,9 +65,10 @@ class ResponseStream:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, chunks: AsyncResponseStream, url: str) -> None:
         self.request_id = chunks.request_id
-        self._inbox: queue.SimpleQueue[StreamChunk | BaseException] = queue.SimpleQueue()
+        self._inbox: _Inbox = queue.SimpleQueue()
         self._ended = False
-        self._future = asyncio.run_coroutine_threadsafe(_pump(chunks, self._inbox, url), loop)
+        self._future = asyncio.run_coroutine_threadsafe(_pump(chunks, self._inbox), loop)
+        self._future.add_done_callback(_tell_cancelled(self._inbox, self.request_id, url))
 
     def __iter__(self) -> Self:
         """Iterate over what is left of the stream."""
@@ -77,7 +79,7 @@ class ResponseStream:
         if self._ended:
             raise StopIteration
         item = self._inbox.get()
-        if isinstance(item, BaseException):
+        if isinstance(item, Exception):
             self._ended = True
             raise item
         return item
@@ -99,22 +101,30 @@ class ResponseStream:
         self.cancel()
 
 
-async def _pump(
-    chunks: AsyncResponseStream, inbox: "queue.SimpleQueue[StreamChunk | BaseException]", url: str
-) -> None:
-    """Move a stream into a queue; its end is the exception that the reader is to raise. Holds no
-    `ResponseStream`.
-    """
+# Neither of these holds the `ResponseStream`: nothing but its user keeps it alive.
+
+
+async def _pump(chunks: AsyncResponseStream, inbox: _Inbox) -> None:
+    """Move a stream into a queue; its end is the exception that the reader is to raise."""
     try:
         async with chunks:
             async for chunk in chunks:
                 inbox.put(chunk)
         inbox.put(StopIteration())
-    except asyncio.CancelledError:
-        inbox.put(RequestCancelledError(f"request {chunks.request_id} was cancelled", url=url))
-        raise
     except Exception as error:
         inbox.put(error)
+
+
+def _tell_cancelled(
+    inbox: _Inbox, request_id: str, url: str
+) -> Callable[[concurrent.futures.Future[None]], None]:
+    """Tells the reader when the pump was cancelled, be it before its first step."""
+
+    def tell(pump: concurrent.futures.Future[None]) -> None:
+        if pump.cancelled():
+            inbox.put(RequestCancelledError(f"request {request_id} was cancelled", url=url))
+
+    return tell
 
 
 class CharoniaClient:

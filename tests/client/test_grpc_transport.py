@@ -352,6 +352,15 @@ def test_another_thread_cancels(scripted_grpc, endless):
         assert endless.cancelled.wait(10)
 
 
+def test_a_stream_cancelled_at_once_ends(scripted_grpc, endless):
+    with CharoniaClient(scripted_grpc(endless).url) as client:
+        for _ in range(50):
+            stream = client.stream("x")
+            stream.cancel()
+            with pytest.raises(RequestCancelledError):
+                list(stream)
+
+
 def test_a_forgotten_stream_is_cancelled(scripted_grpc, endless):
     with CharoniaClient(scripted_grpc(endless).url) as client:
         next(client.stream("x"))
