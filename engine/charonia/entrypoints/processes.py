@@ -24,7 +24,7 @@ LAUNCH_MARK = "CHARONIA_LAUNCH"
 SHM_FOLDER = Path("/dev/shm")
 _PROC = Path("/proc")
 _TOKEN = re.compile(r"charonia_(\d+)_([0-9a-f]+)_(\d+)_([0-9a-f]+)_(\d+)(?=_|$)")
-_MAX_TEMP_ROOT = 40  # characters; unix socket paths, at most 107, must fit below a launch's folder
+_MAX_TEMP_ROOT = 9  # characters; names of unix sockets, at most 107, must fit below a launch folder
 _serials = itertools.count(1)
 
 

@@ -41,7 +41,8 @@ class EngineWatch:
         self._runtime_dir = runtime_dir
         self._limits = limits
         self._report = report
-        self._alive_pid: int | None = None
+        self._pid: int | None = None
+        self._reported_dead: int | None = None
         self._last_alive = time.monotonic()
 
     def fault(self, now: float) -> str | None:
@@ -54,18 +55,24 @@ class EngineWatch:
         if status.state == "failed":
             return f"the engine failed for good: {status.error or f'it died {status.restarts} times'}"
         running = process_start_time(status.pid) is not None
+        self._note(status, running=running)
         if running and now - status.beat < self._limits.engine_beat_s:
             self._last_alive = now
-            if self._alive_pid is None and status.restarts:
-                self._report(f"the engine runs again, as process {status.pid} (restart {status.restarts})")
-            self._alive_pid = status.pid
-        elif not running and self._alive_pid == status.pid:
-            self._report(f"the engine (process {status.pid}) died; its frontends start another")
-            self._alive_pid = None
         missing_s = now - self._last_alive
         if missing_s > self._limits.engine_missing_s:
             return f"there has been no live engine for {missing_s:.0f} s"
         return None
+
+    def _note(self, status: EngineStatus, *, running: bool) -> None:
+        """Report each death once, also of one that was replaced between two looks, and the recovery."""
+        dead = self._pid if running and self._pid != status.pid else None if running else status.pid
+        self._pid = status.pid
+        if dead is not None and dead != self._reported_dead:
+            self._report(f"the engine (process {dead}) died; its frontends start another")
+            self._reported_dead = dead
+        if running and status.state == "ready" and self._reported_dead is not None:
+            self._report(f"the engine runs again, as process {status.pid} (restart {status.restarts})")
+            self._reported_dead = None
 
     def _newest(self) -> EngineStatus | None:
         statuses = filter(None, map(_read_status, self._runtime_dir.glob("**/engine.json")))
