@@ -201,6 +201,14 @@ class AsyncEngine:
                     logger.error("the engine could not be restarted: %s", error)
                 self._lose_engine(error)
                 return
+            except Exception as error:
+                # Whatever went wrong here, no request may be left waiting.
+                logger.exception("the frontend failed")
+                self._why_not_ready = f"the frontend failed: {type(error).__name__}"
+                if not self._first_ready.done():
+                    self._first_ready.set_exception(error)
+                self._lose_engine(EngineDeadError(self._why_not_ready))
+                return
             finally:
                 self._set_ready(False)
                 if link is not None:

@@ -11,13 +11,16 @@ joins the newest engine that is not draining, has the same configuration and has
 otherwise it starts the next generation.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -32,6 +35,11 @@ EngineState = Literal["starting", "ready", "draining", "failed"]
 MAX_SOCKET_PATH = 100
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 600.0
+
+
+_SPAWNER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-spawner")
+"""Starts engine processes. Their parent-death signal is tied to the thread that starts them, so this one lives as
+long as the process does, whatever becomes of the frontends' own threads."""
 
 
 class EngineStatus(msgspec.Struct, kw_only=True):
@@ -132,11 +140,15 @@ class EngineHome:
             newest.add_member(member, os.getpid())
             return newest
 
-    def leave(self, engine: EngineDir, member: str) -> bool:
-        """Take a frontend out; True if it was the last."""
+    def leave(self, engine: EngineDir, member: str, *, end_pid: int | None = None) -> bool:
+        """Take a frontend out; True if it was the last, in which case process `end_pid` is told to end."""
         with self.locked():
             engine.remove_member(member, os.getpid())
-            return not engine.living_members()
+            last = not engine.living_members()
+            if last and end_pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(end_pid, signal.SIGTERM)
+            return last
 
     def give_up(self, reason: str) -> None:
         """Tell observers that no engine will be started again."""
@@ -179,19 +191,17 @@ class EngineHome:
         shutil.rmtree(path, ignore_errors=True)
         (path / "members").mkdir(parents=True)
         (path / "config.json").write_bytes(msgspec.json.encode(config))
-        command = [
-            python_executable(),
-            "-m",
-            "charonia.serving.engine_process",
-            str(path),
-            "--owner-pid",
-            str(owner_pid),
-        ]
-        # A session of its own: a Ctrl-C in the terminal is for the server, which then drains.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = _SPAWNER.submit(_spawn, path, owner_pid).result()
         engine = EngineDir(path)
         # Whoever joins before the engine's own first word must find it alive.
         engine.write_status(
             EngineStatus(pid=process.pid, state="starting", generation=generation, beat=0.0, restarts=died)
         )
         return engine
+
+
+def _spawn(path: Path, owner_pid: int) -> "subprocess.Popen[bytes]":
+    module = "charonia.serving.engine_process"
+    command = [python_executable(), "-m", module, str(path), "--owner-pid", str(owner_pid)]
+    # A session of its own: a Ctrl-C in the terminal is for the server, which then drains.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)

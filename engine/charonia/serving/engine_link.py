@@ -132,8 +132,8 @@ class EngineLink:
             wait_for_exit(self._pidfd, EXIT_TIMEOUT_S)
 
     def close(self) -> None:
-        """Release the socket; the frontend is no longer a member."""
-        if not self._left:
-            self._home.leave(self._directory, self._member)
+        """Release the socket; the frontend is no longer a member, and the engine ends if it was the last."""
+        if not self._left and not wait_for_exit(self._pidfd, 0):
+            self._home.leave(self._directory, self._member, end_pid=self._pid)
         self._socket.close()
         os.close(self._pidfd)

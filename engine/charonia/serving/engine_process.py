@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from charonia.core.engine_core import EngineCore
@@ -96,10 +97,15 @@ class EngineServer:
             return
         while True:
             try:
-                identity, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._handle(identity, wire.decode_to_engine(payload))
+            try:
+                message = wire.decode_to_engine(b"".join(parts))
+            except (msgspec.DecodeError, CharoniaError) as error:
+                logger.warning("dropped a message that is none of ours: %s", error)
+                continue
+            self._handle(identity, message)
 
     def _handle(self, identity: bytes, message: wire.ToEngine) -> None:
         if isinstance(message, wire.Hello):
