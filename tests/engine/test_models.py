@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from transformers.models.gemma3 import modeling_gemma3
 
 CPU = torch.device("cpu")
 PROMPT_LENGTHS = (1, 5, 23, 40)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small to share between threads, which would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> LoadedModel:
