@@ -40,7 +40,7 @@ def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
         backend = _convert_with_transformers(path)
     backend.no_truncation()
     backend.no_padding()
-    special_tokens = _named_special_tokens(config)
+    special_tokens = {name: token.content for name, token in _named_special_tokens(config).items()}
     return TokenizerFiles(
         backend=backend,
         special_tokens=special_tokens,
@@ -89,43 +89,47 @@ def _convert_with_transformers(path: Path) -> Backend:
 
 
 def _as_added_token(value: Any, *, special: bool) -> AddedToken | None:
-    """An added token from its text or from its serialised fields; None for anything else."""
+    """An added token from its text or from its serialised fields; None for anything else.
+
+    special: whether the token is special at any rate; otherwise its fields say so.
+    """
     if isinstance(value, str) and value:
-        return AddedToken(value, special=special, normalized=False)
+        return AddedToken(value, special=special)
     if isinstance(value, Mapping) and isinstance(value.get("content"), str) and value["content"]:
         flags = {
             name: bool(value[name])
             for name in ("single_word", "lstrip", "rstrip", "normalized")
             if name in value
         }
-        return AddedToken(value["content"], special=bool(value.get("special", special)), **flags)
+        return AddedToken(value["content"], special=special or bool(value.get("special")), **flags)
     return None
 
 
 def _add_missing_tokens(backend: Backend, config: Mapping[str, Any]) -> None:
-    """Register tokens that tokenizer_config.json knows and tokenizer.json may not."""
+    """Register tokens that tokenizer_config.json knows and tokenizer.json does not, in transformers' order.
+
+    Tokens of tokenizer.json stay as they are there, special or not.
+    """
+    wanted: list[AddedToken | None] = []
     added = config.get("added_tokens_decoder")
     if isinstance(added, Mapping):
         by_id = sorted((int(key), value) for key, value in added.items() if str(key).isdecimal())
-        tokens = [_as_added_token(value, special=False) for _, value in by_id]
-        backend.add_tokens([token for token in tokens if token is not None])
-    special: list[Any] = [config[name] for name in _named_special_tokens(config) if name in config]
+        wanted.extend(_as_added_token(value, special=False) for _, value in by_id)
+    wanted.extend(_named_special_tokens(config).values())
     for key in ("extra_special_tokens", "additional_special_tokens"):
-        extra = config.get(key)
-        special.extend(
-            extra.values() if isinstance(extra, Mapping) else extra if isinstance(extra, list) else []
-        )
-    tokens = [_as_added_token(value, special=True) for value in special]
-    backend.add_special_tokens([token for token in tokens if token is not None])
+        if isinstance(extra := config.get(key), list):
+            wanted.extend(_as_added_token(value, special=isinstance(value, str)) for value in extra)
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for token in wanted if token is not None and token.content not in known])
 
 
-def _named_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _named_special_tokens(config: Mapping[str, Any]) -> dict[str, AddedToken]:
     named: dict[str, Any] = {key: value for key, value in config.items() if key.endswith("_token")}
     extra = config.get("extra_special_tokens")
     if isinstance(extra, Mapping):
         named.update(extra)
     tokens = {key: _as_added_token(value, special=True) for key, value in named.items()}
-    return {key: token.content for key, token in tokens.items() if token is not None}
+    return {key: token for key, token in tokens.items() if token is not None}
 
 
 def _chat_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
