@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 import msgspec
@@ -26,9 +27,9 @@ class SamplingParams(
     """How to continue one prompt. Raises `InvalidRequestError` that names the offending field.
 
     n: sequences to generate. temperature: 0 is greedy. top_k: 0 or -1 keeps all tokens. seed: makes the request
-    reproducible whatever else is in its batch; with n > 1, sequence i uses seed + i. max_tokens: None generates up to
-    the model's context length. logprobs / prompt_logprobs: how many alternatives to report per position (0 reports
-    the token itself). min_tokens: stop conditions are ignored before that many tokens.
+    reproducible whatever else is in its batch; with n > 1, sequence i uses seed + i; -1 is none. max_tokens: None
+    generates up to the model's context length. logprobs / prompt_logprobs: how many alternatives to report per
+    position (0 reports the token itself). min_tokens: stop conditions are ignored before that many tokens.
     """
 
     n: int = 1
@@ -63,6 +64,8 @@ class SamplingParams(
                 msgspec.structs.force_setattr(self, name, {} if name == "logit_bias" else [])
             elif isinstance(value, str):
                 msgspec.structs.force_setattr(self, name, [value])
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
         _validate(self)
 
     @property
@@ -96,48 +99,53 @@ _UNSUPPORTED = {
     "guided_decoding": "structured outputs are not available",
 }
 
-_FIELD_TYPES: dict[str, Any] = {f.name: f.type for f in msgspec.structs.fields(SamplingParams)}
+_LIST_FIELDS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
+
+
+def _without_none(kind: Any) -> Any:
+    """Nulls never reach a cast, and the text "null" is no number."""
+    return kind.__args__[0] if isinstance(kind, UnionType) else kind
+
+
+_FIELD_TYPES: dict[str, Any] = {f.name: _without_none(f.type) for f in msgspec.structs.fields(SamplingParams)}
 
 
 def _cast(key: str, value: Any, kind: Any) -> Any:
     """Cast `value` to `kind`: strings to numbers and booleans, JSON text and single items to lists and mappings."""
-    wants_list = key in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
-    if isinstance(value, str) and (wants_list or key == "logit_bias"):
-        parsed = _decode_json_container(value)
-        if parsed is not None:
-            value = parsed
-    if wants_list and isinstance(value, str | int) and not isinstance(value, bool):
+    given = value
+    if isinstance(value, str) and (key in _LIST_FIELDS or key == "logit_bias"):
+        value = _decode_json_container(value, kind)
+    if key in _LIST_FIELDS and isinstance(value, str | int) and not isinstance(value, bool):
         value = [value]
     if isinstance(value, str) and kind is bool:
-        lowered = value.strip().lower()
-        if lowered not in ("true", "false", "1", "0"):
-            raise InvalidRequestError(f"sampling parameter {key!r} must be a boolean, got {value[:80]!r}")
-        return lowered in ("true", "1")
+        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
     try:
         return msgspec.convert(value, kind, strict=False)
-    except (msgspec.ValidationError, OverflowError):
-        shown = repr(value)
-        raise InvalidRequestError(
-            f"sampling parameter {key!r} must be {_describe(kind)}, got {shown[:80]}"
-        ) from None
+    except (msgspec.ValidationError, OverflowError, UnicodeEncodeError):
+        shown = repr(given)[:80]
+        raise InvalidRequestError(f"sampling parameter {key!r} must be {_NAMES[kind]}, got {shown}") from None
 
 
-def _decode_json_container(text: str) -> Any:
-    if text.lstrip()[:1] not in ("[", "{"):
-        return None
+def _decode_json_container(text: str, kind: Any) -> Any:
+    """The list or mapping that `text` is as JSON; `text` itself when it is none, as a stop string like "{" is."""
     try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        return None
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        return text
+    if kind == list[str]:
+        is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return value if is_list else text
+    return value if isinstance(value, list | dict) else text
 
 
-def _describe(kind: Any) -> str:
-    names = {
-        "int": "an integer", "float": "a number", "bool": "a boolean", "list[str]": "a string or a list of strings",
-        "list[int]": "a list of token ids", "dict[int, float]": "an object of token id to bias",
-    }  # fmt: skip
-    text = str(kind).replace("<class '", "").replace("'>", "").replace(" | None", "")
-    return names.get(text, text)
+_NAMES: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "a boolean",
+    list[str]: "a string or a list of strings",
+    list[int]: "a list of token ids",
+    dict[int, float]: "an object of token id to bias",
+}
 
 
 def _require(ok: bool, name: str, expectation: str, value: object) -> None:
@@ -147,6 +155,10 @@ def _require(ok: bool, name: str, expectation: str, value: object) -> None:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _validate(p: SamplingParams) -> None:
@@ -164,7 +176,7 @@ def _validate_scalars(p: SamplingParams) -> None:
         "frequency_penalty",
     ):
         value = getattr(p, name)
-        _require(isinstance(value, int | float) and math.isfinite(value), name, "a finite number", value)
+        _require(_is_number(value) and abs(value) < math.inf, name, "a finite number", value)
     for name in ("n", "top_k", "min_tokens"):
         _require(_is_int(getattr(p, name)), name, "an integer", getattr(p, name))
     for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
@@ -210,7 +222,7 @@ def _validate_lists(p: SamplingParams) -> None:
     )
     _check_token_ids("logit_bias", list(p.logit_bias), MAX_LOGIT_BIAS)
     for bias in p.logit_bias.values():
-        ok = isinstance(bias, int | float) and -100.0 <= bias <= 100.0
+        ok = _is_number(bias) and -100.0 <= bias <= 100.0
         _require(ok, "logit_bias", "an object whose values are from -100 to 100", bias)
 
 
@@ -220,6 +232,15 @@ def _check_strings(name: str, values: Sequence[str], max_items: int, max_chars: 
     for value in values:
         ok = isinstance(value, str) and 0 < len(value) <= max_chars
         _require(ok, name, f"non-empty strings of at most {max_chars} characters", repr(value))
+        _require(_is_unicode(value), name, "valid Unicode", repr(value))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_token_ids(name: str, values: Sequence[int], max_items: int) -> None:
