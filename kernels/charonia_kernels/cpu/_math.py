@@ -9,12 +9,15 @@ _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
 _LOWEST = np.float32(-87.3)
-_HIGHEST = np.float32(88.0)
+_HIGHEST = np.float32(89.0)
 
 
 @strict_jit
 def exp_f32(x):  # type: ignore[no-untyped-def]
-    """``exp(x)`` in fp32 to about 1 ulp, for x clamped to [-87.3, 88]: range reduction by ln 2, degree-6 polynomial."""
+    """``exp(x)`` in fp32 to about 1 ulp, by range reduction with ln 2 and a polynomial.
+
+    Infinite from 88.4 on; below -87.3, where the result would be subnormal, that of -87.3.
+    """
     x = min(max(x, _LOWEST), _HIGHEST)
     n = np.floor(x * _LOG2_E + np.float32(0.5))
     r = (x - n * _LN2_HIGH) - n * _LN2_LOW

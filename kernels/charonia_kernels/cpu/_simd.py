@@ -123,17 +123,31 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
-def _sum_lanes(builder: Any, vector: Any) -> Any:
-    """Sum of the lanes, by halving."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        index = ir.VectorType(ir.IntType(32), width)
-        low = builder.shuffle_vector(vector, undefined, ir.Constant(index, list(range(width))))
-        high = builder.shuffle_vector(vector, undefined, ir.Constant(index, list(range(width, 2 * width))))
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Lanes of ``a`` (0 to 7) and ``b`` (8 to 15)."""
+    index = ir.VectorType(ir.IntType(32), LANES)
+    return builder.shuffle_vector(a, b, ir.Constant(index, lanes))
+
+
+def _sum_each(builder: Any, vectors: list[Any]) -> list[Any]:
+    """The sum of the lanes of each vector, as scalars.
+
+    Eight vectors are folded together: each step adds lanes that are ``step`` apart and packs the sums of two vectors
+    into one. Every vector is summed in the same order, whatever its place and whatever the others are.
+    """
+    sums: list[Any] = []
+    for first in range(0, len(vectors), LANES):
+        group = vectors[first : first + LANES]
+        packed = [*group, *[ir.Constant(_VEC, ir.Undefined)] * (LANES - len(group))]
+        for step in (1, 2, 4):
+            low = [i if i & step == 0 else LANES + i - step for i in range(LANES)]
+            high = [i + step if i & step == 0 else LANES + i for i in range(LANES)]
+            packed = [
+                builder.fadd(_shuffle(builder, a, b, low), _shuffle(builder, a, b, high))
+                for a, b in zip(packed[::2], packed[1::2], strict=True)
+            ]
+        sums += [builder.extract_element(packed[0], ir.IntType(32)(i)) for i in range(len(group))]
+    return sums
 
 
 def dot_tile(rows: int, columns: int) -> Callable[..., None]:
@@ -169,8 +183,9 @@ def dot_tile(rows: int, columns: int) -> Callable[..., None]:
                             _fma(builder, x_value, w_values[c], builder.load(accumulator)), accumulator
                         )
             sums = {cell: cgutils.alloca_once(builder, _F32) for cell in cells}
-            for cell in cells:
-                builder.store(_sum_lanes(builder, builder.load(lanes[cell])), sums[cell])
+            totals = _sum_each(builder, [builder.load(lanes[cell]) for cell in cells])
+            for cell, total in zip(cells, totals, strict=True):
+                builder.store(total, sums[cell])
             with cgutils.for_range_slice(builder, whole, depth, _I64(1), _I64) as (k, _):
                 w_scalars = [_load_scalar(builder, base, k, is_bf16) for base in w_rows]
                 for r in range(rows):
@@ -236,6 +251,60 @@ def outer_tile(rows: int, vectors: int) -> Callable[..., None]:
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
-    index = ir.VectorType(ir.IntType(32), LANES)
     first = builder.insert_element(ir.Constant(_VEC, ir.Undefined), scalar, ir.IntType(32)(0))
-    return builder.shuffle_vector(first, ir.Constant(_VEC, ir.Undefined), ir.Constant(index, [0] * LANES))
+    return _shuffle(builder, first, first, [0] * LANES)
+
+
+@intrinsic
+def largest(typing_context: Any, base: Any, count: Any, start: Any) -> Any:
+    """The largest of ``start`` and ``count`` fp32 values; NaN is passed over.
+
+    Explicit, because without fast-math assumptions about NaN the compiler keeps a maximum scalar.
+    """
+    signature = types.float32(base, types.int64, types.float32)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, count, start = args
+        lanes = cgutils.alloca_once_value(builder, _splat(builder, start))
+        whole = builder.and_(count, _I64(-LANES))
+        with cgutils.for_range_slice(builder, _I64(0), whole, _I64(LANES), _I64) as (i, _):
+            value, peak = _load_lanes(builder, base, i, False), builder.load(lanes)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, peak), value, peak), lanes)
+        result = cgutils.alloca_once_value(builder, start)
+
+        def offer(value: Any) -> None:
+            peak = builder.load(result)
+            builder.store(builder.select(builder.fcmp_ordered(">", value, peak), value, peak), result)
+
+        final = builder.load(lanes)
+        for lane in range(LANES):
+            offer(builder.extract_element(final, ir.IntType(32)(lane)))
+        with cgutils.for_range_slice(builder, whole, count, _I64(1), _I64) as (i, _):
+            offer(builder.load(builder.gep(base, [i])))
+        return builder.load(result)
+
+    return signature, codegen
+
+
+@intrinsic
+def transpose_tile(typing_context: Any, source: Any, stride: Any, target: Any, target_stride: Any) -> Any:
+    """``target[j * target_stride + i] = source[i * stride + j]`` for i, j < 8; source fp32 or bf16, target fp32."""
+    is_bf16 = source.dtype == types.uint16
+    signature = types.void(source, types.int64, target, types.int64)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, stride, target, target_stride = args
+        rows = [_load_lanes(builder, base, builder.mul(stride, _I64(i)), is_bf16) for i in range(LANES)]
+        for step in (1, 2, 4):
+            low = [i if i & step == 0 else LANES + i - step for i in range(LANES)]
+            high = [i + step if i & step == 0 else LANES + i for i in range(LANES)]
+            pairs = [(i, i + step) for i in range(LANES) if i & step == 0]
+            for i, j in pairs:
+                a, b = rows[i], rows[j]
+                rows[i], rows[j] = _shuffle(builder, a, b, low), _shuffle(builder, a, b, high)
+        for i, row in enumerate(rows):
+            place = builder.gep(target, [builder.mul(target_stride, _I64(i))])
+            builder.store(row, builder.bitcast(place, _VEC.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return signature, codegen

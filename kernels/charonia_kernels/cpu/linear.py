@@ -152,19 +152,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Args:
         x: ``[T, K]``, fp32 or bf16.
-        weight: ``[N, K]``, fp32 or bf16, contiguous.
+        weight: ``[N, K]``, fp32 or bf16; contiguous, or it is copied.
         bias: ``[N]`` or None.
 
     Returns:
         ``[T, N]`` in x's dtype.
+
+    Raises:
+        ValueError: x and weight do not share K.
     """
     rows, depth = x.shape
     columns = weight.shape[0]
+    if weight.shape[1] != depth:
+        raise ValueError(f"linear: x is [{rows}, {depth}], weight [{columns}, {weight.shape[1]}]")
     plan = plan_linear(rows, columns, depth, weight.dtype, torch.get_num_threads(), has_native_bf16())
     if plan.use_torch and x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
     out = torch.empty((rows, columns), dtype=x.dtype)
-    wide = x.to(torch.float32).contiguous()
+    wide, weight = x.to(torch.float32).contiguous(), weight.contiguous()
     wide_bias = None if bias is None else bias.to(torch.float32).contiguous()
     args = _Args(
         0,

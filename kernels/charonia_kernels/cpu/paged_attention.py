@@ -4,9 +4,8 @@ A work item is a tile of queries of one sequence against one key/value head: the
 below each other, so that every key and value is read once for the group.
 
     tile rows       row r = (query r // group, head r % group), fp32, already scaled
-    scores          [rows, TILE_KEYS] one tile of keys at a time, with the online softmax of FlashAttention
-                    (Dao et al., 2022)
-    sum             [rows, head_dim] fp32, rescaled when a row's maximum grows
+    scores          [rows, TILE_KEYS], one tile of keys at a time
+    total           [rows, head_dim] fp32, rescaled when a row's maximum grows
 
 Single-query sequences longer than PARTITION_KEYS are split along the keys at fixed positions, and the parts combined
 by a second launch. Where the cuts lie depends on the sequence alone, so its result does not depend on the batch.
@@ -21,25 +20,32 @@ import numpy as np
 import torch
 from numba import carray
 
+from charonia_kernels.cpu._attention_tile import (
+    MIN_TRANSPOSED_ROWS,
+    NEGATIVE_INFINITY,
+    TILE_KEYS,
+    add_product,
+    clear_rows,
+    dot_scores,
+    softmax_row,
+    transpose_keys,
+    transposed_scores,
+)
 from charonia_kernels.cpu._jit import FLOAT, INT, SOURCE_DIGEST, WORK, Kernel, jit, workers_for
 from charonia_kernels.cpu._math import exp_f32
 from charonia_kernels.cpu._simd import (
     claim_item,
     claim_worker,
-    dot_tile,
     load,
     offset,
-    outer_tile,
     pointer,
     store,
 )
 
-TILE_KEYS = 64
-TILE_ROWS = 48
+TILE_ROWS = 96
 PARTITION_KEYS = 512
 _F32 = numba.float32
 _I32 = numba.int32
-_NEGATIVE_INFINITY = np.float32(-np.inf)
 
 
 class _Args(ctypes.Structure):
@@ -58,115 +64,6 @@ class _Args(ctypes.Structure):
     ]
 
 
-def _score_strip(rows: int, width: int) -> Callable[..., None]:
-    """Scores of a fixed number of rows against any number of consecutive keys."""
-    tile, edge = dot_tile(rows, width), dot_tile(rows, 1)
-
-    @jit
-    def strip(q, keys, count, head_dim, null, scores):  # type: ignore[no-untyped-def]
-        key = 0
-        while key + width <= count:
-            k = offset(keys, key * head_dim)
-            tile(q, head_dim, k, head_dim, head_dim, null, offset(scores, key), TILE_KEYS)
-            key += width
-        while key < count:
-            k = offset(keys, key * head_dim)
-            edge(q, head_dim, k, head_dim, head_dim, null, offset(scores, key), TILE_KEYS)
-            key += 1
-
-    return strip
-
-
-def _value_strip(rows: int, vectors: int) -> Callable[..., None]:
-    """Weighted sum of consecutive values into a fixed number of rows."""
-    tile, edge = outer_tile(rows, vectors), outer_tile(rows, 1)
-
-    @jit
-    def strip(weights, values, count, head_dim, total):  # type: ignore[no-untyped-def]
-        lane = 0
-        while lane + 8 * vectors <= head_dim:
-            tile(weights, TILE_KEYS, offset(values, lane), head_dim, count, offset(total, lane), head_dim)
-            lane += 8 * vectors
-        while lane < head_dim:
-            edge(weights, TILE_KEYS, offset(values, lane), head_dim, count, offset(total, lane), head_dim)
-            lane += 8
-
-    return strip
-
-
-_SCORE_1, _SCORE_2, _SCORE_3, _SCORE_4 = (
-    _score_strip(1, 4),
-    _score_strip(2, 4),
-    _score_strip(3, 3),
-    _score_strip(4, 2),
-)
-_VALUE_1, _VALUE_2, _VALUE_3, _VALUE_4 = (
-    _value_strip(1, 8),
-    _value_strip(2, 4),
-    _value_strip(3, 4),
-    _value_strip(4, 2),
-)
-
-
-@jit
-def _score(q, rows, keys, count, head_dim, null, scores):  # type: ignore[no-untyped-def]
-    row = 0
-    while row + 4 <= rows:
-        _SCORE_4(offset(q, row * head_dim), keys, count, head_dim, null, offset(scores, row * TILE_KEYS))
-        row += 4
-    q_rest, scores_rest = offset(q, row * head_dim), offset(scores, row * TILE_KEYS)
-    if rows - row == 3:
-        _SCORE_3(q_rest, keys, count, head_dim, null, scores_rest)
-    elif rows - row == 2:
-        _SCORE_2(q_rest, keys, count, head_dim, null, scores_rest)
-    elif rows - row == 1:
-        _SCORE_1(q_rest, keys, count, head_dim, null, scores_rest)
-
-
-@jit
-def _weigh(weights, rows, values, count, head_dim, total):  # type: ignore[no-untyped-def]
-    row = 0
-    while row + 4 <= rows:
-        _VALUE_4(offset(weights, row * TILE_KEYS), values, count, head_dim, offset(total, row * head_dim))
-        row += 4
-    weights_rest, total_rest = offset(weights, row * TILE_KEYS), offset(total, row * head_dim)
-    if rows - row == 3:
-        _VALUE_3(weights_rest, values, count, head_dim, total_rest)
-    elif rows - row == 2:
-        _VALUE_2(weights_rest, values, count, head_dim, total_rest)
-    elif rows - row == 1:
-        _VALUE_1(weights_rest, values, count, head_dim, total_rest)
-
-
-@jit
-def _softmax_row(scores, low, high, count, soft_cap, maximum, row):  # type: ignore[no-untyped-def]
-    """Turn one row's scores into weights; keys outside [low, high) weigh nothing.
-
-    Updates the row's running maximum; returns the factor for what was summed before, and the sum of the new weights.
-    """
-    if soft_cap > np.float32(0.0):
-        for key in range(count):
-            # tanh(y) = 1 - 2 / (exp(2 * y) + 1)
-            y = np.float32(2.0) / soft_cap * scores[key]
-            scores[key] = soft_cap * (np.float32(1.0) - np.float32(2.0) / (exp_f32(y) + np.float32(1.0)))
-    previous = maximum[row]
-    peak = previous
-    for key in range(low, high):
-        peak = max(peak, scores[key])
-    maximum[row] = peak
-    added = np.float32(0.0)
-    for key in range(low, high):
-        weight = exp_f32(scores[key] - peak)
-        scores[key] = weight
-        added += weight
-    for key in range(low):
-        scores[key] = np.float32(0.0)
-    for key in range(max(low, high), count):
-        scores[key] = np.float32(0.0)
-    factor = np.float32(0.0) if previous == _NEGATIVE_INFINITY else exp_f32(previous - peak)
-    return factor, added
-
-
 @jit
 def _sequence_of(token, query_start_loc, sequences):  # type: ignore[no-untyped-def]
     """The last sequence that starts at or before ``token`` (empty ones share their start with the next)."""
@@ -181,25 +78,16 @@ def _sequence_of(token, query_start_loc, sequences):  # type: ignore[no-untyped-
 
 
 @jit
-def _clear_rows(total, maximum, denominator, rows, head_dim):  # type: ignore[no-untyped-def]
-    for i in range(rows * head_dim):
-        total[i] = np.float32(0.0)
-    for row in range(rows):
-        maximum[row] = _NEGATIVE_INFINITY
-        denominator[row] = np.float32(0.0)
-
-
-@jit
 def _attend(a, cache, values, table, tile, kv_head, rows, position, begin, end):  # type: ignore[no-untyped-def]
     """Attend ``rows`` staged query rows, the first at ``position``, to keys [begin, end) of the sequence of ``table``.
 
-    ``tile`` is the worker's (q, total, scores, maximum, denominator). Every key in [begin, end) is visible to at least
-    one row, so no block outside the sequence is read.
+    ``tile`` is what ``_worker_tile`` returns. Every key in [begin, end) is visible to at least one row, so no
+    block that the sequence does not own any more is read.
     """
-    q, total, scores, maximum, denominator = tile
+    q, total, scores, turned, maximum, denominator = tile
     dim, size, group = a.head_dim, a.block_size, a.heads // a.kv_heads
     soft_cap, null = np.float32(a.soft_cap), pointer(0, _F32)
-    _clear_rows(total, maximum, denominator, rows, dim)
+    clear_rows(total, maximum, denominator, rows, dim)
     start = begin
     while start < end:
         count = min(TILE_KEYS, end - start)
@@ -208,13 +96,18 @@ def _attend(a, cache, values, table, tile, kv_head, rows, position, begin, end):
             place = (start + done) % size
             piece = min(size - place, count - done)
             base = np.int64(table[(start + done) // size]) * a.block_stride + (kv_head * size + place) * dim
-            _score(q, rows, offset(cache, base), piece, dim, null, offset(scores, done))
+            if rows < MIN_TRANSPOSED_ROWS:
+                dot_scores(q, rows, offset(cache, base), piece, dim, null, offset(scores, done))
+            else:
+                transpose_keys(offset(cache, base), piece, dim, offset(turned, done))
             done += piece
+        if rows >= MIN_TRANSPOSED_ROWS:
+            transposed_scores(q, rows, turned, count, dim, scores)
         for row in range(rows):
             own = position + row // group - start
             high = min(count, max(0, own + 1))
             low = min(high, max(0, own + 1 - a.window)) if a.window > 0 else 0
-            factor, added = _softmax_row(
+            factor, added = softmax_row(
                 offset(scores, row * TILE_KEYS), low, high, count, soft_cap, maximum, row
             )
             denominator[row] = denominator[row] * factor + added
@@ -226,7 +119,9 @@ def _attend(a, cache, values, table, tile, kv_head, rows, position, begin, end):
             place = (start + done) % size
             piece = min(size - place, count - done)
             base = np.int64(table[(start + done) // size]) * a.block_stride + (kv_head * size + place) * dim
-            _weigh(offset(scores, done), rows, offset(values, base), piece, dim, total)
+            add_product(
+                offset(scores, done), TILE_KEYS, rows, offset(values, base), dim, piece, total, dim, dim
+            )
             done += piece
         start += count
 
@@ -271,13 +166,14 @@ def _write_part(a, total, maximum, denominator, sequence, part, kv_head):  # typ
 
 @jit
 def _worker_tile(a, worker):  # type: ignore[no-untyped-def]
-    """The scratch areas of one worker: (q, total, scores, maximum, denominator)."""
+    """The scratch areas of one worker: (q, total, scores, turned, maximum, denominator)."""
     base = offset(pointer(a.scratch, _F32), worker * a.scratch_stride)
     rows = a.queries_per_tile * (a.heads // a.kv_heads)
     total = offset(base, rows * a.head_dim)
     scores = offset(total, rows * a.head_dim)
-    maximum = offset(scores, rows * TILE_KEYS)
-    return base, total, scores, maximum, offset(maximum, rows)
+    turned = offset(scores, rows * TILE_KEYS)
+    maximum = offset(turned, a.head_dim * TILE_KEYS)
+    return base, total, scores, turned, maximum, offset(maximum, rows)
 
 
 @jit
@@ -333,9 +229,9 @@ def _build(q_type: Any, cache_type: Any) -> Callable[[Any], None]:
             table = pointer(a.block_table + 4 * sequence * a.table_stride, _I32)
             _attend(a, keys, values, table, tile, kv_head, rows, position, begin, end)
             if divided:
-                _write_part(a, tile[1], tile[3], tile[4], sequence, part, kv_head)
+                _write_part(a, tile[1], tile[4], tile[5], sequence, part, kv_head)
             else:
-                _write_rows(a, tile[1], tile[4], out, first, queries, kv_head)
+                _write_rows(a, tile[1], tile[5], out, first, queries, kv_head)
 
     return entry
 
@@ -345,7 +241,7 @@ def _combine_head(a, parts, total, first, last, out):  # type: ignore[no-untyped
     """Merge the partitions [first, last] of one head; ``parts`` points at partition 0."""
     dim = a.head_dim
     step = a.heads * (dim + 2)
-    peak = _NEGATIVE_INFINITY
+    peak = NEGATIVE_INFINITY
     for part in range(first, last + 1):
         peak = max(peak, parts[part * step + dim])
     for i in range(dim):
@@ -433,7 +329,7 @@ def paged_attention(
     queries_per_tile = max(1, TILE_ROWS // group)
     items = tokens * kv_heads * num_parts
     threads = workers_for(tokens * heads * head_dim * 64, items)
-    stride = queries_per_tile * group * (2 * head_dim + TILE_KEYS + 2)
+    stride = queries_per_tile * group * (2 * head_dim + TILE_KEYS + 2) + head_dim * TILE_KEYS
     scratch = torch.empty(threads * stride, dtype=torch.float32)
     parts = torch.empty(
         sequences * num_parts * heads * (head_dim + 2) if num_parts > 1 else 0, dtype=torch.float32
