@@ -1,9 +1,10 @@
 """Are the addresses that a server wants free, who holds them otherwise, and does a server answer there."""
 
+import contextlib
 import errno
 import http.client
-import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,17 +64,19 @@ def _check_port(host: str, use: PortUse) -> None:
 
 def _holder(port: int) -> str:
     """` by process PID (command)`, or nothing where that cannot be seen (another user's process)."""
-    inodes = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        try:
-            descriptors = [str(item.readlink()) for item in Path(entry.path, "fd").iterdir()]
-        except OSError:
-            continue
-        if inodes.intersection(descriptors):
+    wanted = {f"socket:[{inode}]" for inode in _listening_inodes(port)}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and not wanted.isdisjoint(_descriptors(entry / "fd")):
             return f" by process {entry.name} ({' '.join(command_line(int(entry.name))[:3])[:80]})"
     return ""
+
+
+def _descriptors(folder: Path) -> Iterator[str]:
+    """What the open descriptors of a process are; as many as can be seen, while they come and go."""
+    with contextlib.suppress(OSError):
+        for item in folder.iterdir():
+            with contextlib.suppress(OSError):
+                yield str(item.readlink())
 
 
 def _listening_inodes(port: int) -> set[str]:
