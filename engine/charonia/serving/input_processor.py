@@ -28,7 +28,7 @@ class InputProcessor:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = config.max_model_len or model.max_position
-        self.eos_token_ids = frozenset(model.eos_token_ids)
+        self.eos_token_ids = frozenset(model.eos_token_ids) | tokenizer.eos_token_ids
         self._vocab_size = model.vocab_size
         self._default_deadline_s = config.default_deadline_s
         self._random = random.Random(f"{config.seed}/{salt}")
