@@ -145,6 +145,11 @@ class TestCommand:
             assert caught.value.code == 0
         assert "stream a chat answer" in capsys.readouterr().out
 
+    def test_missing_extra(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(cli, "_COMMANDS", {"demo": ("package_that_is_away", "Text.")})
+        assert cli.main(["demo"]) == 1
+        assert "needs the package package_that_is_away; install it: pip" in capsys.readouterr().err
+
     def test_commands_load_no_torch(self) -> None:
         modules = ["serve", "demo", "fetch_model", "cli", "triton_server"]
         code = "".join(f"import charonia.entrypoints.{module}\n" for module in modules)

@@ -20,6 +20,8 @@ _COMMANDS = {
 }
 """Name: the module with its `add_arguments(parser)` and `run(options) -> int`, imported on use, and its help."""
 
+_INSTALL = "install it: pip install 'charonia[engine,server,client]'"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
@@ -33,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module_name, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if name == chosen:
-            module = importlib.import_module(module_name)
+            try:
+                module = importlib.import_module(module_name)
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith("charonia"):
+                    raise
+                print(f"charonia {name} needs the package {error.name}; {_INSTALL}", file=sys.stderr)
+                return 1
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
