@@ -16,6 +16,11 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints store although config.json determines them."""
 _NAMED_IN_ERRORS = 4
+_SERIAL_BYTES = 32 << 20
+"""Up to this size a tensor is copied by one thread: on a busy machine the slowest of a team arrives a time slice late,
+which would cost each of hundreds of small tensors more than its copy takes."""
+_SERIAL_ELEMENTS = 32_767
+"""PyTorch copies so many elements without a team of threads."""
 
 
 def load_safetensors(directory: Path, slots: Sequence[WeightSlot]) -> None:
@@ -71,9 +76,15 @@ def fill_random(slots: Iterable[WeightSlot], seed: int) -> None:
 
 
 def _fill(slot: WeightSlot, tensor: torch.Tensor) -> None:
-    slot.target.copy_(tensor)
+    target = slot.target
+    if target.device.type == "cpu" and target.dim() == 2 and tensor.nbytes <= _SERIAL_BYTES:
+        rows = max(1, _SERIAL_ELEMENTS // target.shape[1])
+        for part, source in zip(torch.split(target, rows), torch.split(tensor, rows), strict=True):
+            part.copy_(source)
+    else:
+        target.copy_(tensor)
     if slot.offset:
-        slot.target.add_(slot.offset)
+        target.add_(slot.offset)
 
 
 def _check_shape(slot: WeightSlot, tensor: torch.Tensor) -> None:
