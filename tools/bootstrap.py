@@ -8,6 +8,7 @@ it up to date, and a change of Python, place or torch index builds it anew.
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ GLIBC_NEEDED = (2, 35)
 """The server's wheel is built for manylinux_2_35."""
 
 Stamp = dict[str, str]
+_UNFINISHED = "unfinished"
 
 
 class SetupError(Exception):
@@ -119,11 +121,11 @@ def ensure_environment(torch_index: str) -> None:
         installed = _installed_stamp()
         torch_index = torch_index or installed.get("torch_index", "")
         wanted = _wanted_stamp(torch_index)
-        STAMP.unlink(missing_ok=True)
         if not _can_update(installed, wanted):
             _create_venv()
+        _write_stamp(wanted | {"requirements": _UNFINISHED})
         _install(torch_index)
-        STAMP.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        _write_stamp(wanted)
         print(f"Environment ready: {VENV}", flush=True)
 
 
@@ -145,7 +147,7 @@ def _wanted_stamp(torch_index: str) -> Stamp:
 
 
 def _installed_stamp() -> Stamp:
-    """The stamp of the environment as it is; empty where there is none or its last set-up did not end."""
+    """The stamp of the environment as it is; empty where there is none."""
     try:
         stamp = json.loads(STAMP.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -153,27 +155,34 @@ def _installed_stamp() -> Stamp:
     return stamp if isinstance(stamp, dict) else {}
 
 
+def _write_stamp(stamp: Stamp) -> None:
+    STAMP.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+
+
 def _is_current(torch_index: str) -> bool:
     installed = _installed_stamp()
     wanted = _wanted_stamp(torch_index or installed.get("torch_index", ""))
-    return installed == wanted and _venv_runs()
+    return installed == wanted and _venv_version() == wanted["python"]
 
 
-def _venv_runs() -> bool:
-    """Whether the environment's Python and pip work; they stop to when the Python under them is removed."""
+def _venv_version() -> str:
+    """The version of the environment's Python; empty where that or its pip does not work (any more)."""
     if Path(sys.prefix) == VENV:
-        return True
-    check = [str(VENV / "bin" / "python"), "-I", "-c", "import pip"]
+        return platform.python_version() if importlib.util.find_spec("pip") else ""
+    program = "import pip, platform; print(platform.python_version())"
+    command = [str(VENV / "bin" / "python"), "-I", "-c", program]
     try:
-        return subprocess.run(check, capture_output=True, check=False).returncode == 0
-    except OSError:
-        return False
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _can_update(installed: Stamp, wanted: Stamp) -> bool:
-    """Whether pip can bring the environment to ``wanted`` in place."""
-    kept = ("python", "root", "torch_index")
-    return bool(installed) and all(installed.get(key) == wanted[key] for key in kept) and _venv_runs()
+    """Whether pip can bring the environment to ``wanted`` in place; one without a stamp was made by hand."""
+    if installed.get("requirements") == _UNFINISHED:
+        return False
+    kept = all(installed.get(key, wanted[key]) == wanted[key] for key in ("root", "torch_index"))
+    return kept and _venv_version() == wanted["python"]
 
 
 def _require_platform() -> None:
