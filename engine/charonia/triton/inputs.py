@@ -93,17 +93,18 @@ def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> 
     stand in for absent boolean inputs. ignored_parameters: request parameters of other software on the way.
     """
     _refuse_unsupported(raw.inputs)
-    settings = _json_object(raw.parameters.encode(), "the request parameters") if raw.parameters else {}
+    parameters = _json_object(raw.parameters.encode(), "the request parameters") if raw.parameters else {}
+    settings = _without_nulls(parameters)
     for name in TRANSPORT_PARAMETERS.union(ignored_parameters):
         settings.pop(name, None)
     flags = {name: _flag(raw.inputs, settings.pop(name, None), name) for name in BOOLEAN_INPUTS}
     if "sampling_parameters" in raw.inputs:
         text = _bytes_input(raw.inputs, "sampling_parameters", MAX_JSON_BYTES)
         given = _json_object(text, "input 'sampling_parameters'") if text.strip() else {}
-        settings.update((key, value) for key, value in given.items() if value is not None)
-    priority = _integer(settings.pop("priority", None) or 0, "priority", -MAX_PRIORITY, MAX_PRIORITY)
-    timeout_us = _integer(settings.pop("timeout", None) or raw.timeout_us, "timeout", 0, 2**63 - 1)
-    cache_salt = settings.pop("cache_salt", None) or ""
+        settings.update(_without_nulls(given))
+    priority = _integer(settings.pop("priority", 0), "priority", -MAX_PRIORITY, MAX_PRIORITY)
+    timeout_us = _integer(settings.pop("timeout", raw.timeout_us), "timeout", 0, 2**63 - 1)
+    cache_salt = settings.pop("cache_salt", "")
     if not isinstance(cache_salt, str) or len(cache_salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequestError(
             f"'cache_salt' must be a string of at most {MAX_CACHE_SALT_CHARS} characters"
@@ -206,15 +207,15 @@ def _chat(text: bytes) -> ChatInput:
         raise UnsupportedError(
             "input 'messages': only the values 'auto' and 'none' of 'tool_choice' are supported"
         )
-    kwargs = fields.get("chat_template_kwargs") or {}
-    if not isinstance(kwargs, dict):
+    kwargs = fields.get("chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
         raise InvalidRequestError("input 'messages': 'chat_template_kwargs' must be an object")
     return ChatInput(
         messages=messages,
         tools=None if choice == "none" else tools,
         add_generation_prompt=_chat_flag(fields, "add_generation_prompt", default=True),
         continue_final_message=_chat_flag(fields, "continue_final_message", default=False),
-        chat_template_kwargs=kwargs,
+        chat_template_kwargs=kwargs or {},
     )
 
 
@@ -297,6 +298,10 @@ def _json_object(data: bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequestError(f"{what}: must be a JSON object")
     return value
+
+
+def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _deeper_than(value: object, levels: int) -> bool:

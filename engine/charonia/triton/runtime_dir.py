@@ -15,9 +15,9 @@ MAX_RUNTIME_DIR_BYTES = 80
 def make_runtime_dir(base: Path | None, *, server_pid: int, model: str, tmp: Path = Path("/tmp")) -> Path:
     """The folder shared by all instances of one model of one server; made if need be, with mode 0700.
 
-    base: the folder that the model's configuration names, or None for `/tmp/charonia-<uid>/<server pid>`. model: what
-    tells the model from others of the same server. Folders of servers that run no more are cleared away. Raises `ConfigError` when the folder is not private to this user:
-    whoever can write to it can take the engine's place.
+    base: the folder that the model's configuration names, or None for `/tmp/charonia-<uid>/<server pid>`; folders there
+    of servers that run no more are cleared away. model: what tells the model from others of the same server. Raises
+    `ConfigError` when the folder is not private to this user: whoever can write to it can take the engine's place.
     """
     if base is None:
         home = tmp / f"charonia-{os.getuid()}"
