@@ -165,8 +165,12 @@ def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else None)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="time a measurement (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="time a measurement (default: %(default)s)"
+    )
     parser.add_argument("--filter", default="", help="only cases whose name contains this")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch's operators out")
     arguments = parser.parse_args()

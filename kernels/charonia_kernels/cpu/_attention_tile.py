@@ -6,15 +6,18 @@ transposed first, so that lanes hold keys and no lane sums are needed; the trans
 
 from collections.abc import Callable
 
+import numba
 import numpy as np
 
 from charonia_kernels.cpu._jit import jit
 from charonia_kernels.cpu._math import exp_f32
-from charonia_kernels.cpu._simd import LANES, dot_tile, largest, load, offset, outer_tile, transpose_tile
+from charonia_kernels.cpu._simd import LANES, largest, load, offset, pointer, prefetch
+from charonia_kernels.cpu._tiles import dot_tile, outer_tile, transpose_tile
 
 TILE_KEYS = 64
-MIN_TRANSPOSED_ROWS = 8
+_MIN_TRANSPOSED_ROWS = 8
 NEGATIVE_INFINITY = np.float32(-np.inf)
+_F32 = numba.float32
 
 
 def _score_strip(rows: int, width: int) -> Callable[..., None]:
@@ -65,7 +68,7 @@ _SUM_1, _SUM_2, _SUM_3, _SUM_4 = _sum_strip(1, 8), _sum_strip(2, 4), _sum_strip(
 
 
 @jit
-def dot_scores(q, rows, keys, count, head_dim, null, scores):  # type: ignore[no-untyped-def]
+def _dot_scores(q, rows, keys, count, head_dim, null, scores):  # type: ignore[no-untyped-def]
     """``scores[rows, count] = q[rows, head_dim] @ keys[count, head_dim].T``, rows of scores TILE_KEYS apart."""
     row = 0
     while row + 4 <= rows:
@@ -81,7 +84,7 @@ def dot_scores(q, rows, keys, count, head_dim, null, scores):  # type: ignore[no
 
 
 @jit
-def transpose_keys(keys, count, head_dim, turned):  # type: ignore[no-untyped-def]
+def _transpose_keys(keys, count, head_dim, turned):  # type: ignore[no-untyped-def]
     """``turned[head_dim, count] = keys[count, head_dim].T`` in fp32, rows of turned TILE_KEYS apart."""
     key = 0
     while key + LANES <= count:
@@ -96,7 +99,7 @@ def transpose_keys(keys, count, head_dim, turned):  # type: ignore[no-untyped-de
 
 
 @jit
-def add_product(weights, weights_stride, rows, values, values_stride, depth, total, width, total_stride):  # type: ignore[no-untyped-def]
+def _add_product(weights, weights_stride, rows, values, values_stride, depth, total, width, total_stride):  # type: ignore[no-untyped-def]
     """``total[rows, width] += weights[rows, depth] @ values[depth, width]``, width a multiple of 8."""
     row = 0
     while row + 4 <= rows:
@@ -113,17 +116,17 @@ def add_product(weights, weights_stride, rows, values, values_stride, depth, tot
 
 
 @jit
-def transposed_scores(q, rows, turned, count, head_dim, scores):  # type: ignore[no-untyped-def]
+def _transposed_scores(q, rows, turned, count, head_dim, scores):  # type: ignore[no-untyped-def]
     """``scores[rows, count] = q[rows, head_dim] @ turned[head_dim, count]``; lanes up to the next 8 are undefined."""
     width = (count + LANES - 1) // LANES * LANES
     for row in range(rows):
         for key in range(width):
             scores[row * TILE_KEYS + key] = np.float32(0.0)
-    add_product(q, head_dim, rows, turned, TILE_KEYS, head_dim, scores, width, TILE_KEYS)
+    _add_product(q, head_dim, rows, turned, TILE_KEYS, head_dim, scores, width, TILE_KEYS)
 
 
 @jit
-def softmax_row(scores, low, high, count, soft_cap, maximum, row):  # type: ignore[no-untyped-def]
+def _softmax_row(scores, low, high, count, soft_cap, maximum, row):  # type: ignore[no-untyped-def]
     """Turn one row's scores into weights; keys outside [low, high) weigh nothing.
 
     Updates the row's running maximum; returns the factor for what was summed before, and the sum of the new weights.
@@ -150,10 +153,84 @@ def softmax_row(scores, low, high, count, soft_cap, maximum, row):  # type: igno
 
 
 @jit
-def clear_rows(total, maximum, denominator, rows, head_dim):  # type: ignore[no-untyped-def]
+def _clear_rows(total, maximum, denominator, rows, head_dim):  # type: ignore[no-untyped-def]
     """Start the running sums, maxima and denominators of ``rows`` rows."""
     for i in range(rows * head_dim):
         total[i] = np.float32(0.0)
     for row in range(rows):
         maximum[row] = NEGATIVE_INFINITY
         denominator[row] = np.float32(0.0)
+
+
+@jit
+def _place_of(a, table, kv_head, key):  # type: ignore[no-untyped-def]
+    """Where a key lies in its cache, in elements, and how many keys of its block lie from there on."""
+    place = key % a.block_size
+    block = np.int64(table[key // a.block_size])
+    return block * a.block_stride + (kv_head * a.block_size + place) * a.head_dim, a.block_size - place
+
+
+@jit
+def _score_tile(a, keys, values, table, tile, kv_head, rows, start, count):  # type: ignore[no-untyped-def]
+    """Scores of the staged rows against keys [start, start + count); their values are fetched meanwhile."""
+    q, _, scores, turned, _, _ = tile
+    dim, null = a.head_dim, pointer(0, _F32)
+    done = 0
+    while done < count:
+        place, left = _place_of(a, table, kv_head, start + done)
+        piece = min(left, count - done)
+        if rows < _MIN_TRANSPOSED_ROWS:
+            prefetch(offset(values, place), piece * dim)
+            _dot_scores(q, rows, offset(keys, place), piece, dim, null, offset(scores, done))
+        else:
+            _transpose_keys(offset(keys, place), piece, dim, offset(turned, done))
+        done += piece
+    if rows >= _MIN_TRANSPOSED_ROWS:
+        _transposed_scores(q, rows, turned, count, dim, scores)
+
+
+@jit
+def _sum_tile(a, keys, values, table, tile, kv_head, rows, start, count, end):  # type: ignore[no-untyped-def]
+    """Add the weighted values of keys [start, start + count); the next tile's keys are fetched meanwhile."""
+    _, total, scores, _, _, _ = tile
+    dim = a.head_dim
+    done = 0
+    while done < count:
+        place, left = _place_of(a, table, kv_head, start + done)
+        piece = min(left, count - done)
+        following = start + count + done
+        if rows < _MIN_TRANSPOSED_ROWS and following < end:
+            ahead, left = _place_of(a, table, kv_head, following)
+            prefetch(offset(keys, ahead), min(left, piece) * dim)
+        _add_product(
+            offset(scores, done), TILE_KEYS, rows, offset(values, place), dim, piece, total, dim, dim
+        )
+        done += piece
+
+
+@jit
+def attend(a, keys, values, table, tile, kv_head, rows, position, begin, end):  # type: ignore[no-untyped-def]
+    """Attend ``rows`` staged query rows, the first at ``position``, to keys [begin, end) of the sequence of ``table``.
+
+    ``tile`` is the worker's scratch: (q, total, scores, turned, maximum, denominator), see ``paged_attention.py``.
+    Every key in [begin, end) is visible to at least one row, so no block that the sequence has given back is read.
+    """
+    _, total, scores, _, maximum, denominator = tile
+    dim, group, soft_cap = a.head_dim, a.heads // a.kv_heads, np.float32(a.soft_cap)
+    _clear_rows(total, maximum, denominator, rows, dim)
+    start = begin
+    while start < end:
+        count = min(TILE_KEYS, end - start)
+        _score_tile(a, keys, values, table, tile, kv_head, rows, start, count)
+        for row in range(rows):
+            own = position + row // group - start
+            high = min(count, max(0, own + 1))
+            low = min(high, max(0, own + 1 - a.window)) if a.window > 0 else 0
+            row_scores = offset(scores, row * TILE_KEYS)
+            factor, added = _softmax_row(row_scores, low, high, count, soft_cap, maximum, row)
+            denominator[row] = denominator[row] * factor + added
+            if factor != np.float32(1.0):
+                for i in range(row * dim, (row + 1) * dim):
+                    total[i] *= factor
+        _sum_tile(a, keys, values, table, tile, kv_head, rows, start, count, end)
+        start += count

@@ -18,7 +18,18 @@ import torch
 from charonia_kernels.cpu._compile import FAST_MATH, SOURCE_DIGEST, compile_cached
 from charonia_kernels.cpu._pool import Pool
 
-__all__ = ["ELEMENT", "FLOAT", "INT", "SOURCE_DIGEST", "WORK", "Kernel", "jit", "strict_jit", "workers_for"]
+__all__ = [
+    "ELEMENT",
+    "FLOAT",
+    "INT",
+    "SOURCE_DIGEST",
+    "WORK",
+    "Kernel",
+    "check_caches",
+    "jit",
+    "strict_jit",
+    "workers_for",
+]
 
 ELEMENT: dict[torch.dtype, Any] = {torch.float32: numba.float32, torch.bfloat16: numba.uint16}
 """Storage type of each supported dtype; numba has no bf16, so its bits travel as uint16."""
@@ -53,6 +64,27 @@ def pool() -> Pool:
 def workers_for(work: int, items: int) -> int:
     """Threads for ``work`` elementary operations in ``items`` pieces: one when sharing would not pay."""
     return 1 if work < _INLINE_WORK else min(items, torch.get_num_threads())
+
+
+def check_caches(op: str, key_cache: torch.Tensor, value_cache: torch.Tensor, head_dim: int) -> None:
+    """Refuse KV caches that are not ``[num_blocks, num_kv_heads, block_size, head_dim]`` with contiguous blocks.
+
+    Raises:
+        ValueError: naming the op and both caches.
+    """
+    same = value_cache.shape == key_cache.shape and value_cache.dtype == key_cache.dtype
+    fits = same and key_cache.shape[3] == head_dim
+    if fits and key_cache.is_contiguous() and value_cache.is_contiguous():
+        return
+    inner = (key_cache.shape[2] * head_dim, head_dim, 1)
+    if not fits or key_cache.stride()[1:] != inner or value_cache.stride() != key_cache.stride():
+        described = ", ".join(
+            f"{list(cache.shape)} {cache.dtype} with strides {cache.stride()}"
+            for cache in (key_cache, value_cache)
+        )
+        raise ValueError(
+            f"{op}: the caches must be alike, of head size {head_dim}, each block contiguous; they are {described}"
+        )
 
 
 class _Variant:

@@ -60,6 +60,10 @@ KERNEL = Kernel(_Args, _build)
 
 def _launch(x: torch.Tensor, gelu: bool) -> torch.Tensor:
     rows, double = x.shape
+    if double % 2 != 0 or x.stride(1) != 1:
+        raise ValueError(
+            f"gated activation: x {list(x.shape)}, strides {x.stride()}, is not [T, 2 * I], contiguous"
+        )
     width = double // 2
     out = torch.empty((rows, width), dtype=x.dtype)
     items = -(-rows // _ROWS_PER_ITEM)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from numba import carray
 
 from charonia_kernels.cpu._jit import INT, SOURCE_DIGEST, WORK, Kernel, jit
-from charonia_kernels.cpu._simd import claim_item, dot_tile, offset, pointer
+from charonia_kernels.cpu._simd import claim_item, offset, pointer
+from charonia_kernels.cpu._tiles import dot_tile
 
 _F32 = numba.float32
 

@@ -70,6 +70,16 @@ def _build(x_type: Any, residual_type: Any, weight_type: Any, add: bool) -> Call
 KERNEL = Kernel(_Args, _build)
 
 
+def _check(op: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    """Refuse what the kernel would misread: it sees addresses only."""
+    fits = x.shape == residual.shape and weight.shape == x.shape[1:]
+    if not fits or x.stride(1) != 1 or residual.stride(1) != 1 or weight.stride(0) != 1:
+        shapes = ", ".join(f"{list(t.shape)} with strides {t.stride()}" for t in (x, residual, weight))
+        raise ValueError(
+            f"{op}: x, residual and weight do not fit or have gaps in the last dimension: {shapes}"
+        )
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / sqrt(mean(x**2) + eps) * weight``; see :func:`charonia_kernels.reference.rms_norm`.
 
@@ -80,8 +90,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Returns:
         ``[T, H]`` in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes differ, or the last dimension has gaps.
     """
     rows, width = x.shape
+    _check("rms_norm", x, x, weight)
     out = torch.empty((rows, width), dtype=x.dtype)
     items = -(-rows // _ROWS_PER_ITEM)
     args = _Args(
@@ -102,8 +116,12 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 
     Returns:
         ``[T, H]`` in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes differ, or the last dimension has gaps.
     """
     rows, width = x.shape
+    _check("add_rms_norm", x, residual, weight)
     out = torch.empty((rows, width), dtype=x.dtype)
     items = -(-rows // _ROWS_PER_ITEM)
     args = _Args(

@@ -20,18 +20,8 @@ import numpy as np
 import torch
 from numba import carray
 
-from charonia_kernels.cpu._attention_tile import (
-    MIN_TRANSPOSED_ROWS,
-    NEGATIVE_INFINITY,
-    TILE_KEYS,
-    add_product,
-    clear_rows,
-    dot_scores,
-    softmax_row,
-    transpose_keys,
-    transposed_scores,
-)
-from charonia_kernels.cpu._jit import FLOAT, INT, SOURCE_DIGEST, WORK, Kernel, jit, workers_for
+from charonia_kernels.cpu._attention_tile import NEGATIVE_INFINITY, TILE_KEYS, attend
+from charonia_kernels.cpu._jit import FLOAT, INT, SOURCE_DIGEST, WORK, Kernel, check_caches, jit, workers_for
 from charonia_kernels.cpu._math import exp_f32
 from charonia_kernels.cpu._simd import (
     claim_item,
@@ -75,55 +65,6 @@ def _sequence_of(token, query_start_loc, sequences):  # type: ignore[no-untyped-
         else:
             high = middle
     return low
-
-
-@jit
-def _attend(a, cache, values, table, tile, kv_head, rows, position, begin, end):  # type: ignore[no-untyped-def]
-    """Attend ``rows`` staged query rows, the first at ``position``, to keys [begin, end) of the sequence of ``table``.
-
-    ``tile`` is what ``_worker_tile`` returns. Every key in [begin, end) is visible to at least one row, so no
-    block that the sequence does not own any more is read.
-    """
-    q, total, scores, turned, maximum, denominator = tile
-    dim, size, group = a.head_dim, a.block_size, a.heads // a.kv_heads
-    soft_cap, null = np.float32(a.soft_cap), pointer(0, _F32)
-    clear_rows(total, maximum, denominator, rows, dim)
-    start = begin
-    while start < end:
-        count = min(TILE_KEYS, end - start)
-        done = 0
-        while done < count:
-            place = (start + done) % size
-            piece = min(size - place, count - done)
-            base = np.int64(table[(start + done) // size]) * a.block_stride + (kv_head * size + place) * dim
-            if rows < MIN_TRANSPOSED_ROWS:
-                dot_scores(q, rows, offset(cache, base), piece, dim, null, offset(scores, done))
-            else:
-                transpose_keys(offset(cache, base), piece, dim, offset(turned, done))
-            done += piece
-        if rows >= MIN_TRANSPOSED_ROWS:
-            transposed_scores(q, rows, turned, count, dim, scores)
-        for row in range(rows):
-            own = position + row // group - start
-            high = min(count, max(0, own + 1))
-            low = min(high, max(0, own + 1 - a.window)) if a.window > 0 else 0
-            factor, added = softmax_row(
-                offset(scores, row * TILE_KEYS), low, high, count, soft_cap, maximum, row
-            )
-            denominator[row] = denominator[row] * factor + added
-            if factor != np.float32(1.0):
-                for i in range(row * dim, (row + 1) * dim):
-                    total[i] *= factor
-        done = 0
-        while done < count:
-            place = (start + done) % size
-            piece = min(size - place, count - done)
-            base = np.int64(table[(start + done) // size]) * a.block_stride + (kv_head * size + place) * dim
-            add_product(
-                offset(scores, done), TILE_KEYS, rows, offset(values, base), dim, piece, total, dim, dim
-            )
-            done += piece
-        start += count
 
 
 @jit
@@ -227,7 +168,7 @@ def _build(q_type: Any, cache_type: Any) -> Callable[[Any], None]:
             rows = queries * (a.heads // a.kv_heads)
             _stage_queries(a, q, tile[0], first, queries, kv_head)
             table = pointer(a.block_table + 4 * sequence * a.table_stride, _I32)
-            _attend(a, keys, values, table, tile, kv_head, rows, position, begin, end)
+            attend(a, keys, values, table, tile, kv_head, rows, position, begin, end)
             if divided:
                 _write_part(a, tile[1], tile[4], tile[5], sequence, part, kv_head)
             else:
@@ -289,6 +230,43 @@ KERNEL = Kernel(_Args, _build)
 COMBINE = Kernel(_Args, _build_combine)
 
 
+def _check(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+) -> None:
+    """Refuse what the kernel would misread: it sees addresses only."""
+    sequences, int32 = seq_lens.shape[0], torch.int32
+    if not (
+        seq_lens.dtype == query_start_loc.dtype == block_table.dtype == int32
+        and query_start_loc.shape[0] == sequences + 1
+        and block_table.shape[0] == sequences
+        and block_table.stride(1) == 1
+        and seq_lens.is_contiguous()
+        and query_start_loc.is_contiguous()
+    ):
+        described = ", ".join(
+            f"{name} {list(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
+            for name, tensor in (
+                ("block_table", block_table),
+                ("seq_lens", seq_lens),
+                ("query_start_loc", query_start_loc),
+            )
+        )
+        raise ValueError(
+            "paged_attention: index tensors must be int32, contiguous in the last dimension, with B, B and B + 1 "
+            f"rows; they are {described}"
+        )
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2] or q.shape[1] % key_cache.shape[1] != 0:
+        raise ValueError(
+            f"paged_attention: q {list(q.shape)}, strides {q.stride()}, does not fit {key_cache.shape[1]} KV heads"
+        )
+    check_caches("paged_attention", key_cache, value_cache, q.shape[2])
+
+
 def paged_attention(
     q: torch.Tensor,
     key_cache: torch.Tensor,
@@ -315,11 +293,15 @@ def paged_attention(
 
     Returns:
         ``[T, num_heads, head_dim]`` in q's dtype. Rows past ``query_start_loc[B]``, and rows that see no key, are zero.
+
+    Raises:
+        ValueError: a shape, dtype or stride is not as described.
     """
     tokens, heads, head_dim = q.shape
     sequences = seq_lens.shape[0]
     if sequences == 0 or tokens == 0:
         return torch.zeros((tokens, heads, head_dim), dtype=q.dtype)
+    _check(q, key_cache, value_cache, block_table, seq_lens, query_start_loc)
     _, kv_heads, block_size, _ = key_cache.shape
     out = torch.empty((tokens, heads, head_dim), dtype=q.dtype)
     num_parts = 1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import carray
 
-from charonia_kernels.cpu._jit import FLOAT, INT, SOURCE_DIGEST, WORK, Kernel, jit, workers_for
+from charonia_kernels.cpu._jit import FLOAT, INT, SOURCE_DIGEST, WORK, Kernel, check_caches, jit, workers_for
 from charonia_kernels.cpu._simd import claim_item, load, pointer, store
 
 _TOKENS_PER_ITEM = 4
@@ -131,8 +131,29 @@ def qk_norm_rope_write(
 
     Returns:
         q, ``[T, num_heads, head_dim]`` in qkv's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or stride is not as described.
     """
     tokens = qkv.shape[0]
+    lanes = (num_heads + 2 * num_kv_heads) * head_dim
+    if qkv.shape[1] != lanes or qkv.stride(1) != 1 or key_cache.shape[1] != num_kv_heads:
+        raise ValueError(
+            f"qk_norm_rope_write: qkv {list(qkv.shape)}, strides {qkv.stride()}, and caches of {key_cache.shape[1]} "
+            f"heads do not fit {num_heads} query and {num_kv_heads} KV heads of {head_dim}"
+        )
+    if not (
+        positions.dtype == slot_mapping.dtype == torch.int64
+        and positions.shape[0] == slot_mapping.shape[0] == tokens
+        and positions.is_contiguous()
+        and slot_mapping.is_contiguous()
+    ):
+        raise ValueError(
+            f"qk_norm_rope_write: positions {list(positions.shape)} {positions.dtype} and slot_mapping "
+            f"{list(slot_mapping.shape)} {slot_mapping.dtype} must be [{tokens}] int64, contiguous"
+        )
+    check_caches("qk_norm_rope_write", key_cache, value_cache, head_dim)
+    cos_sin_cache = cos_sin_cache.to(torch.float32).contiguous()
     out = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype)
     q_weight = _ones(head_dim) if q_norm_weight is None else q_norm_weight.to(torch.float32)
     k_weight = _ones(head_dim) if k_norm_weight is None else k_norm_weight.to(torch.float32)
@@ -162,6 +183,6 @@ def qk_norm_rope_write(
         k_norm_weight is not None,
         eps,
     )
-    work = 2 * tokens * (num_heads + 2 * num_kv_heads) * head_dim
+    work = 2 * tokens * lanes
     KERNEL.launch((qkv.dtype, key_cache.dtype), args, workers_for(work, items))
     return out
