@@ -18,13 +18,15 @@ from charonia.entrypoints.triton_server import TritonServer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "model_repository" / "llm" / "config.pbtxt"
+SHIPPED_MODEL = ROOT / "model_repository" / "llm" / "1" / "model.py"
+SCRIPTED_MODEL = Path(__file__).with_name("scripted_model.py")
 
 
 def add_model(
     repository: Path, name: str = "llm", *, config: str | None = None, engine: dict[str, Any] | None = None,
-    parameters: dict[str, str] | None = None,
+    parameters: dict[str, str] | None = None, model_py: Path = SCRIPTED_MODEL,
 ) -> Path:  # fmt: skip
-    """Put a model over the scripted engine into the repository; its events are in `<runtime>/*/events.jsonl`.
+    """Put a model into the repository, by default over the scripted engine, which notes `<runtime>/*/events.jsonl`.
 
     config: text of config.pbtxt, by default the shipped one. engine: model.json. Returns the runtime folder.
     """
@@ -38,7 +40,7 @@ def add_model(
         text += f'\nparameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
     (repository / name / "config.pbtxt").write_text(text)
     (version / "model.json").write_text(json.dumps(engine or {"model": "scripted"}))
-    (version / "model.py").symlink_to(Path(__file__).with_name("scripted_model.py"))
+    (version / "model.py").symlink_to(model_py)
     (version / "support").symlink_to(Path(__file__).parent)
     return runtime
 
