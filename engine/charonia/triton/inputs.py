@@ -14,12 +14,12 @@ from charonia.triton.contract import (
     BOOLEAN_INPUTS,
     MAX_CACHE_SALT_CHARS,
     MAX_JSON_BYTES,
-    MAX_JSON_DEPTH,
     MAX_PRIORITY,
     MAX_PROMPT_BYTES,
     OPTIONAL_OUTPUTS,
     RETURN_PREFIX,
 )
+from charonia.triton.json_values import decode_json, decode_json_object, without_nulls
 from charonia.triton.pb import AnyArray, PbRequest
 
 TRANSPORT_PARAMETERS = frozenset(
@@ -93,15 +93,17 @@ def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> 
     stand in for absent boolean inputs. ignored_parameters: request parameters of other software on the way.
     """
     _refuse_unsupported(raw.inputs)
-    parameters = _json_object(raw.parameters.encode(), "the request parameters") if raw.parameters else {}
-    settings = _without_nulls(parameters)
+    parameters = (
+        decode_json_object(raw.parameters.encode(), "the request parameters") if raw.parameters else {}
+    )
+    settings = without_nulls(parameters)
     for name in TRANSPORT_PARAMETERS.union(ignored_parameters):
         settings.pop(name, None)
     flags = {name: _flag(raw.inputs, settings.pop(name, None), name) for name in BOOLEAN_INPUTS}
     if "sampling_parameters" in raw.inputs:
         text = _bytes_input(raw.inputs, "sampling_parameters", MAX_JSON_BYTES)
-        given = _json_object(text, "input 'sampling_parameters'") if text.strip() else {}
-        settings.update(_without_nulls(given))
+        given = decode_json_object(text, "input 'sampling_parameters'") if text.strip() else {}
+        settings.update(without_nulls(given))
     priority = _integer(settings.pop("priority", 0), "priority", -MAX_PRIORITY, MAX_PRIORITY)
     timeout_us = _integer(settings.pop("timeout", raw.timeout_us), "timeout", 0, 2**63 - 1)
     cache_salt = settings.pop("cache_salt", "")
@@ -184,7 +186,7 @@ def _token_ids(array: AnyArray) -> list[int]:
 
 def _chat(text: bytes) -> ChatInput:
     """A conversation: a JSON list of messages, or an object that holds it together with tools and template settings."""
-    body = _json(text, "input 'messages'")
+    body = decode_json(text, "input 'messages'")
     fields: dict[str, Any] = {"messages": body} if isinstance(body, list) else body
     if not isinstance(fields, dict):
         raise InvalidRequestError(
@@ -275,45 +277,3 @@ def _decode(data: bytes, name: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"input {name!r} is not valid UTF-8 at byte {error.start}") from None
-
-
-def _json(data: bytes, what: str) -> Any:
-    try:
-        value = msgspec.json.decode(data)
-    except RecursionError:
-        raise InvalidRequestError(
-            f"{what}: JSON nested too deeply, at most {MAX_JSON_DEPTH} levels are taken"
-        ) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{what}: not valid JSON: {error}") from None
-    if _deeper_than(value, MAX_JSON_DEPTH):
-        raise InvalidRequestError(
-            f"{what}: JSON nested too deeply, at most {MAX_JSON_DEPTH} levels are taken"
-        )
-    return value
-
-
-def _json_object(data: bytes, what: str) -> dict[str, Any]:
-    value = _json(data, what)
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"{what}: must be a JSON object")
-    return value
-
-
-def _without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _deeper_than(value: object, levels: int) -> bool:
-    layer = [value]
-    for _ in range(levels):
-        layer = [
-            child
-            for node in layer
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, dict | list)
-        ]
-        if not layer:
-            return False
-    return True
