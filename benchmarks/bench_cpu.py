@@ -3,10 +3,10 @@
     python benchmarks/bench_cpu.py                     # everything, bf16; a table, and JSON with --json FILE
     python benchmarks/bench_cpu.py --profile           # where a step's time goes, instead
 
-Each engine runs in a process of its own. Workloads are fixed by seed; end-of-sequence tokens are ignored and decoding is
-greedy, so that both generate exactly the tokens that the workload asks for. transformers decodes a batch to its longest
-member; tokens beyond a request's own count are not counted. Its figure for the mixed workload is the best of one padded
-batch, batches of eight sorted by length, and one request after the other.
+Each engine runs in a process of its own. Workloads are fixed by seed; end-of-sequence tokens are ignored and decoding
+is greedy, so that both generate exactly the tokens that the workload asks for. transformers decodes a batch to its
+longest member; tokens beyond a request's own count are not counted. Its figure for the mixed workload is the best of
+one padded batch, batches of eight sorted by length, and one request after the other.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 Workload = list[tuple[list[int], int]]
@@ -81,16 +83,24 @@ def run_transformers(args: argparse.Namespace) -> dict[str, Any]:
         steps = max(count for _, count in work)
         with torch.inference_mode():
             model.generate(
-                ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=2
+                ids,
+                attention_mask=mask,
+                max_new_tokens=steps,
+                min_new_tokens=steps,
+                do_sample=False,
+                pad_token_id=2,
             )
 
-    def in_groups(size: int) -> Callable[[], None]:
+    def in_groups(size: int) -> None:
         work = sorted(mixed(), key=lambda item: item[1])
-        return lambda: [generate(work[i : i + size]) for i in range(0, len(work), size)] and None  # type: ignore[func-returns-value]
+        for i in range(0, len(work), size):
+            generate(work[i : i + size])
 
     generate(single()[:1])
     result = {"single": median_time(lambda: generate(single()), args.repeats)}
-    ways = {f"batches of {size}": median_time(in_groups(size), 1) for size in (32, 8, 1)}
+    ways = {}
+    for size in (32, 8, 1):
+        ways[f"batches of {size}"] = median_time(partial(in_groups, size), 1)
     best = min(ways, key=lambda way: ways[way])
     return {**result, "mixed": ways[best], "mixed_ways": ways, "mixed_best": best}
 
@@ -147,10 +157,14 @@ def profile_steps(args: argparse.Namespace) -> None:
     with LLM(args.model, dtype=args.dtype, cpu_threads=args.threads) as llm:
         for rows in (1, 32):
             prompts = [[7 + row] * 32 for row in range(rows)]
-            llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+            llm.generate(
+                prompts, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False
+            )
             profiler.clear()
             start, before = time.perf_counter(), llm.stats().steps
-            llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True), use_tqdm=False)
+            llm.generate(
+                prompts, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True), use_tqdm=False
+            )
             seconds, steps = time.perf_counter() - start, llm.stats().steps - before
             print(f"\n{rows} rows: {seconds / steps * 1e3:.2f} ms a step, {rows * 64 / seconds:.0f} tokens/s")
             pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(14)
@@ -197,7 +211,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    for line in open("/proc/cpuinfo", encoding="utf-8"):
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return f"{line.split(':')[1].strip()} ({platform.machine()}, {os.cpu_count()} CPUs)"
     return platform.machine()
@@ -205,14 +219,16 @@ def _machine() -> str:
 
 def main() -> None:
     """Parse arguments and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="checkpoint directory; the embedded default by default")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prefix-prompts", type=int, default=200)
     parser.add_argument("--profile", action="store_true", help="profile decode steps instead of comparing")
-    parser.add_argument("--json", help="write the raw figures here")
+    parser.add_argument("--json", type=Path, help="write the raw figures here")
     parser.add_argument("--engine", choices=["charonia", "transformers"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
@@ -226,8 +242,7 @@ def main() -> None:
     else:
         result = compare(args)
         if args.json:
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump(result, file, indent=1)
+            args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

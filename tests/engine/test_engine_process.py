@@ -208,7 +208,8 @@ class Sink:
     def on_output(self, output): print("token", flush=True)
     def on_error(self, error): print("error", flush=True)
 config = EngineConfig(model=sys.argv[1], load_format="dummy", dtype="float32", max_num_seqs=8, cpu_threads=1)
-engine = AsyncEngine.attach(config, runtime_dir=Path(sys.argv[2]), member=sys.argv[3], owner_pid=int(sys.argv[4]) or None)
+owner_pid = int(sys.argv[4]) or None
+engine = AsyncEngine.attach(config, runtime_dir=Path(sys.argv[2]), member=sys.argv[3], owner_pid=owner_pid)
 engine.submit(GenerationRequest(prompt="Hi", params=SamplingParams(max_tokens=7000, ignore_eos=True)), Sink())
 time.sleep(600)
 """
