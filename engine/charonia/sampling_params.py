@@ -70,8 +70,8 @@ class SamplingParams(
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature < GREEDY_TEMPERATURE
+        """Whether the most likely token is always taken, the first of equals."""
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":

@@ -56,7 +56,7 @@ class ModelRunner:
         self._cache = self._allocate_cache(self.kv_cache_size.num_blocks)
         self._rows = RequestRows(
             max_num_seqs=setup.max_num_seqs, max_model_len=setup.max_model_len, block_size=config.block_size,
-            device=setup.device,
+            vocab_size=model_config.vocab_size, device=setup.device,
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -77,13 +77,10 @@ class ModelRunner:
         return DeviceStep(plan.step_id, rows, output.tokens, output.usable, logprobs, prompt_logprobs)
 
     def _append_tokens(self, batch: InputBatch, tokens: torch.Tensor) -> None:
-        """Feed the sampled tokens to the next step. A row at its last position has no next step."""
-        limit = self._setup.max_model_len
-        kept = [i for i, item in enumerate(batch.sampled) if item.position < limit]
-        rows = [batch.sampled[i].row for i in kept]
-        positions = [batch.sampled[i].position for i in kept]
-        values = tokens if len(kept) == len(batch.sampled) else tokens[kept]
-        self._rows.token_ids[rows, positions] = values.to(torch.int32)
+        """Feed the sampled tokens to the next step."""
+        rows = [item.row for item in batch.sampled]
+        positions = [item.position for item in batch.sampled]
+        self._rows.token_ids[rows, positions] = tokens.to(torch.int32)
 
     def _prompt_logprobs(self, hidden: torch.Tensor, batch: InputBatch) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that follow the positions computed in this step."""
@@ -99,9 +96,10 @@ class ModelRunner:
             for offset in range(0, length, PROMPT_LOGPROBS_CHUNK):
                 size = min(PROMPT_LOGPROBS_CHUNK, length - offset)
                 logits = self._model.compute_logits(hidden[start + offset : start + offset + size])
+                logprobs = torch.log_softmax(logits.float(), dim=-1)
                 position = first + offset + 1
                 targets = self._rows.token_ids[row, position : position + size].long()
-                entries.extend(gather_logprobs(logits, targets, [count] * size))
+                entries.extend(gather_logprobs(logprobs, targets, [count] * size))
             if entries:
                 found[row] = entries
         return found

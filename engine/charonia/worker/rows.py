@@ -1,26 +1,28 @@
 """State of the running requests on the device: one permanent row each, changed only by deltas."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from charonia.core.step import NewRow, StepPlan
 from charonia.sampling_params import SamplingParams
+from charonia.worker.logit_rules import LogitRules
 
 
 @dataclass(slots=True)
 class RowState:
     """What the host knows of an occupied row.
 
-    num_computed: position of the row's next token. num_prompt: prompt length. The rest is as in `NewRow`.
+    num_computed: position of the row's next token. num_prompt: prompt length. rules: of the constraints on
+    its tokens. The rest is as in `NewRow`.
     """
 
     num_computed: int
     num_prompt: int
     sampling: SamplingParams
     seed: int
-    stop_token_ids: list[int] = field(default_factory=list)
-    bad_words: list[list[int]] = field(default_factory=list)
+    stop_token_ids: list[int]
+    rules: LogitRules
 
 
 class RequestRows:
@@ -32,9 +34,10 @@ class RequestRows:
     """
 
     def __init__(
-        self, *, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self, *, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
     ) -> None:
         self.block_size = block_size
+        self._vocab_size = vocab_size
         max_blocks = -(-max_model_len // block_size)
         self.token_ids = torch.zeros((max_num_seqs, max_model_len), dtype=torch.int32, device=device)
         self.block_table = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32, device=device)
@@ -68,7 +71,7 @@ class RequestRows:
             new.sampling,
             new.seed,
             new.stop_token_ids,
-            new.bad_words,
+            LogitRules.build(new, self._vocab_size, self.token_ids.device),
         )
 
     def _append_blocks(self, row: int, block_ids: list[int]) -> None:

@@ -5,14 +5,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import SampledRow
-from charonia.worker.logits import NEG_INF, apply_constraints, apply_penalties
+from charonia.worker.logit_rules import NEG_INF
+from charonia.worker.logits import apply_constraints, apply_penalties
 from charonia.worker.rows import RequestRows, RowState
 
-CANDIDATES = 1024
+CANDIDATES = 512
 """Most likely tokens that are looked at first for top-k and top-p; a full sort follows only where they do not do."""
+
+NO_LIMIT = 1 << 40
+"""A top_k beyond every vocabulary."""
+
+SEARCH_BLOCK = 128
+"""Weights that are summed up first when a token is looked for. Divides the vocabulary sizes in use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,34 +43,26 @@ def sample(logits: torch.Tensor, rows: RequestRows, sampled: list[SampledRow]) -
     logits = logits.float()
     states = [rows[item.row] for item in sampled]
     usable = torch.isfinite(logits.sum(dim=-1))
-    wants_logprobs = [i for i, state in enumerate(states) if state.sampling.logprobs is not None]
-    raw = logits[wants_logprobs].clone() if wants_logprobs else None
+    reported = [i for i, state in enumerate(states) if state.sampling.logprobs is not None]
+    logprobs = torch.log_softmax(logits[reported], dim=-1) if reported else None
     if apply_constraints(logits, rows, sampled, states):
         usable &= logits.amax(dim=-1) > NEG_INF
     apply_penalties(logits, rows, sampled, states)
-    tokens = logits.argmax(dim=-1)
-    random = [i for i, state in enumerate(states) if not state.sampling.greedy]
-    if random:
-        picked = logits if len(random) == len(states) else logits[random]
-        drawn = _draw(picked, [states[i] for i in random], [sampled[i].position for i in random])
-        tokens[random] = drawn
-    logprobs: dict[int, TokenLogprobs] = {}
-    if raw is not None:
-        counts = [states[i].sampling.logprobs or 0 for i in wants_logprobs]
-        entries = gather_logprobs(raw, tokens[wants_logprobs], counts)
-        logprobs = dict(zip(wants_logprobs, entries, strict=True))
-    return SamplerOutput(tokens, usable, logprobs)
+    tokens = _choose(logits, sampled, states)
+    entries: list[TokenLogprobs] = []
+    if logprobs is not None:
+        counts = [states[i].sampling.logprobs or 0 for i in reported]
+        entries = gather_logprobs(logprobs, tokens[reported], counts)
+    return SamplerOutput(tokens, usable, dict(zip(reported, entries, strict=True)))
 
 
-def gather_logprobs(logits: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
-    """Log-probabilities of `tokens` [N] and of each row's `counts[i]` most likely tokens, under `logits` [N, V]."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
+def gather_logprobs(logprobs: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
+    """Entries of `tokens` [N] and of each row's `counts[i]` most likely tokens in `logprobs` [N, V]."""
     own = logprobs.gather(-1, tokens[:, None])
     ranks = (logprobs > own).sum(dim=-1) + 1
-    top = logprobs.topk(max(counts), dim=-1) if max(counts) > 0 else None
+    top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
     token_list, own_list, rank_list = tokens.tolist(), own[:, 0].tolist(), ranks.tolist()
-    top_ids = top.indices.tolist() if top is not None else [[]] * len(counts)
-    top_values = top.values.tolist() if top is not None else [[]] * len(counts)
+    top_ids, top_values = top.indices.tolist(), top.values.tolist()
     return [
         TokenLogprobs([token_list[i], *top_ids[i][:k]], [own_list[i], *top_values[i][:k]], rank_list[i])
         for i, k in enumerate(counts)
@@ -90,21 +90,34 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
+def _choose(logits: torch.Tensor, sampled: list[SampledRow], states: list[RowState]) -> torch.Tensor:
+    """The most likely token of greedy rows, a drawn one of the others. logits: [S, V] fp32 -> [S] int64."""
+    random = [i for i, state in enumerate(states) if not state.sampling.greedy]
+    if not random:
+        return logits.argmax(dim=-1)
+    picked = logits if len(random) == len(states) else logits[random]
+    drawn = _draw(picked, [states[i] for i in random], [sampled[i].position for i in random])
+    if picked is logits:
+        return drawn
+    tokens = logits.argmax(dim=-1)
+    tokens[random] = drawn
+    return tokens
+
+
 def _draw(logits: torch.Tensor, states: list[RowState], positions: list[int]) -> torch.Tensor:
-    """Sample each row by inverting its cumulative distribution. logits: [R, V] fp32 -> [R] int64."""
+    """Sample each row by inverting its cumulative distribution, in the order of token ids.
+
+    Filters only set the weights of what they cut to zero, so that no choice hangs on the order of nearly equal tokens.
+    logits: [R, V] fp32, overwritten -> [R] int64.
+    """
     device = logits.device
     temperature = torch.tensor([state.sampling.temperature for state in states], device=device)
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)
+    # Probabilities up to a factor: the most likely token has weight 1.
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperature[:, None]).exp_()
+    if any(_filters(state) for state in states):
+        weights = torch.where(weights >= _cutoffs(weights, states)[:, None], weights, 0.0)
     points = torch.from_numpy(uniform([state.seed for state in states], positions)).to(device)
-    filtered = [i for i, state in enumerate(states) if _filters(state)]
-    if not filtered:
-        return _invert(probs, points)
-    tokens = torch.empty(len(states), dtype=torch.int64, device=device)
-    plain = [i for i in range(len(states)) if i not in set(filtered)]
-    if plain:
-        tokens[plain] = _invert(probs[plain], points[plain])
-    tokens[filtered] = _draw_filtered(probs[filtered], [states[i] for i in filtered], points[filtered])
-    return tokens
+    return _invert(weights, points)
 
 
 def _filters(state: RowState) -> bool:
@@ -112,58 +125,94 @@ def _filters(state: RowState) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
 
 
-def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """The index at which each row's cumulative weight passes `points` of its total; zero weights are never chosen."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    targets = points[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    last = torch.searchsorted(cumulative, cumulative[:, -1:], right=False)[:, 0]
-    # NaN weights (a row that has failed already) must not lead out of bounds.
-    return torch.minimum(index, last).clamp(max=weights.shape[-1] - 1)
+def _cutoffs(weights: torch.Tensor, states: list[RowState]) -> torch.Tensor:
+    """The smallest weight that top_k, top_p and min_p keep in each row. weights: [R, V], at most 1 -> [R]."""
+    vocab, device = weights.shape[-1], weights.device
+    cutoffs = torch.tensor([state.sampling.min_p for state in states], device=device)
+    ranked = [i for i, state in enumerate(states) if state.sampling.top_k > 0 or state.sampling.top_p < 1.0]
+    if not ranked:
+        return cutoffs
+    params = [states[i].sampling for i in ranked]
+    top_k = torch.tensor([p.top_k if p.top_k > 0 else NO_LIMIT for p in params], device=device)
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+    limits = _Limits(top_k, top_p, cutoffs[ranked])
+    part = weights if len(ranked) == len(states) else weights[ranked]
+    count = min(vocab, max(p.top_k if 0 < p.top_k <= CANDIDATES else CANDIDATES for p in params))
+    found, certain = _ranked_cutoffs(part.topk(count, dim=-1).values, _total(part), limits)
+    if not bool(certain.all()):
+        rest = (~certain).nonzero()[:, 0]
+        ordered = part[rest].sort(dim=-1, descending=True).values
+        found[rest], _ = _ranked_cutoffs(ordered, _total(ordered), limits.select(rest))
+    cutoffs[ranked] = found
+    return cutoffs
 
 
-def _draw_filtered(probs: torch.Tensor, states: list[RowState], points: torch.Tensor) -> torch.Tensor:
-    """Sample from each row's most likely tokens, as top_k, top_p and min_p leave them."""
-    vocab, device = probs.shape[-1], probs.device
-    top_k = torch.tensor(
-        [min(s.sampling.top_k, vocab) if s.sampling.top_k > 0 else vocab for s in states], device=device
-    )
-    top_p = torch.tensor([s.sampling.top_p for s in states], dtype=torch.float64, device=device)
-    min_p = torch.tensor([s.sampling.min_p for s in states], device=device)
-    count = min(CANDIDATES, vocab)
-    best = probs.topk(count, dim=-1)
-    mass = best.values.sum(dim=-1, dtype=torch.float64)
-    # The candidates do when what lies beyond them would be cut off anyway.
-    cut_by_min_p = best.values[:, -1] < min_p * best.values[:, 0]
-    enough = (top_k <= count) | ((top_k == vocab) & (mass >= top_p)) | cut_by_min_p
-    tokens = _draw_sorted(best.values, best.indices, top_k, top_p, min_p, points)
-    if count < vocab and not bool(enough.all()):
-        rest = (~enough).nonzero()[:, 0]
-        full = probs[rest].sort(dim=-1, descending=True)
-        tokens[rest] = _draw_sorted(
-            full.values, full.indices, top_k[rest], top_p[rest], min_p[rest], points[rest]
-        )
-    return tokens
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Of each row: top_k [R] int64 (`NO_LIMIT` for all tokens), top_p [R] fp64, min_p [R] fp32."""
+
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> "_Limits":
+        return _Limits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
-def _draw_sorted(
-    values: torch.Tensor, indices: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor,
-    points: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """values: [R, C] the largest probabilities, descending; indices: their tokens. The first always stays.
+def _ranked_cutoffs(
+    best: torch.Tensor, total: torch.Tensor, limits: _Limits
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest kept weight of each row, and whether the candidates were enough to tell.
 
-    top_p applies to what top_k and min_p left, renormalised, as in vLLM.
+    best: [R, C] the largest weights, descending. total: [R] fp64, sum of all weights. top_p applies to what top_k and
+    min_p left, renormalised, as in vLLM; the first always stays.
     """
-    rank = torch.arange(values.shape[-1], device=values.device)
-    in_top_k = rank < top_k[:, None]
-    keep = in_top_k & (values >= min_p[:, None] * values[:, :1])
-    kept = values.double() * keep
-    # Tokens beyond the candidates count towards the total unless the last candidate is cut off already.
-    tail = torch.where(
-        keep[:, -1] & (top_k > values.shape[-1]), 1.0 - values.sum(dim=-1, dtype=torch.float64), 0.0
-    )
-    before = kept.cumsum(dim=-1) - kept
-    keep &= before < (top_p * (kept.sum(dim=-1) + tail))[:, None]
-    keep[:, 0] = True
-    choice = _invert(values * keep, points)
-    return indices.gather(-1, choice[:, None])[:, 0]
+    rank = torch.arange(best.shape[-1], device=best.device)
+    keep = (rank < limits.top_k[:, None]) & (best >= limits.min_p[:, None])
+    kept = torch.where(keep, best, 0.0).double()
+    cumulative = kept.cumsum(dim=-1)
+    # Whether top_k and min_p reach beyond the candidates.
+    goes_on = keep[:, -1] & (limits.top_k > best.shape[-1])
+    mass = torch.where(goes_on, total, cumulative[:, -1])
+    keep &= cumulative - kept < (limits.top_p * mass)[:, None]
+    last = keep.sum(dim=-1).clamp(min=1) - 1
+    # Beyond the candidates, `total` is what top_p applies to only if neither of the others cuts there.
+    unlimited = (limits.top_k == NO_LIMIT) & (limits.min_p == 0)
+    certain = ~goes_on | (unlimited & (cumulative[:, -1] >= limits.top_p * total))
+    return best.gather(-1, last[:, None])[:, 0], certain
+
+
+def _blocks(weights: torch.Tensor) -> torch.Tensor:
+    """[R, V] -> [R, blocks, SEARCH_BLOCK], padded with zeros."""
+    padding = -weights.shape[-1] % SEARCH_BLOCK
+    padded = F.pad(weights, (0, padding)) if padding else weights
+    return padded.view(len(weights), -1, SEARCH_BLOCK)
+
+
+def _total(weights: torch.Tensor) -> torch.Tensor:
+    """[R, V] fp32 -> [R] fp64. Each block is summed in fp32, as in `_invert`."""
+    return _blocks(weights).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
+
+
+def _invert(weights: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """The index at which each row's cumulative weight passes `points` [R] of its total; never one of zero weight.
+
+    weights: [R, V] fp32, not negative -> [R] int64. First the block is found, then the token in it: one pass over the
+    vocabulary, and no scan.
+    """
+    blocks = _blocks(weights)
+    outer = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    targets = points * outer[:, -1]
+    block = _search(outer, targets)
+    rows = torch.arange(len(weights), device=weights.device)
+    before = torch.where(block > 0, outer[rows, block - 1], 0.0)
+    inner = blocks[rows, block].cumsum(dim=-1, dtype=torch.float64)
+    # NaN weights (a row that has failed already) must not lead out of bounds.
+    return (block * SEARCH_BLOCK + _search(inner, targets - before)).clamp(max=weights.shape[-1] - 1)
+
+
+def _search(cumulative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Each row's first index whose cumulative weight exceeds its target, or the last index that adds any weight."""
+    index = torch.searchsorted(cumulative, targets[:, None], right=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(index, last)[:, 0].clamp(max=cumulative.shape[-1] - 1)
