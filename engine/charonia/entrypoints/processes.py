@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from charonia.serving.processes import stat_fields
+
 LAUNCH_MARK = "CHARONIA_LAUNCH"
 """Environment variable that marks the processes of a launch: written to be recognised by, never a setting."""
 
@@ -33,13 +35,13 @@ def process_start_time(pid: int) -> int | None:
 
     A zombie counts as not running.
     """
-    fields = _stat_fields(pid)
+    fields = stat_fields(pid)
     return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
 
 
 def exit_status(pid: int) -> int | None:
     """`Popen.returncode` of a zombie: a signal's number is negative. None of any other process."""
-    fields = _stat_fields(pid)
+    fields = stat_fields(pid)
     return os.waitstatus_to_exitcode(int(fields[49])) if fields is not None and fields[0] == "Z" else None
 
 
@@ -47,7 +49,7 @@ def child_processes(parent: int) -> list[int]:
     """Pids of the living children of `parent`."""
     children = []
     for pid in _pids():
-        fields = _stat_fields(pid)
+        fields = stat_fields(pid)
         if fields is not None and fields[0] not in ("Z", "X") and int(fields[1]) == parent:
             children.append(pid)
     return children
@@ -64,14 +66,6 @@ def command_line(pid: int) -> list[str]:
 
 def _pids() -> Iterator[int]:
     return (int(entry.name) for entry in os.scandir(_PROC) if entry.name.isdigit())
-
-
-def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third, the state, on: the name before it may hold blanks."""
-    try:
-        return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
 
 
 @dataclass(frozen=True)

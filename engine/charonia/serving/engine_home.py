@@ -150,6 +150,11 @@ class EngineHome:
                     os.kill(end_pid, signal.SIGTERM)
             return last
 
+    def discard(self, engine: EngineDir) -> None:
+        """Remove the directory of an engine that has ended as it should."""
+        with self.locked():
+            shutil.rmtree(engine.path, ignore_errors=True)
+
     def give_up(self, reason: str) -> None:
         """Tell observers that no engine will be started again."""
         with self.locked():

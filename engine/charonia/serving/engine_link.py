@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable
 
 import zmq
@@ -126,10 +127,13 @@ class EngineLink:
         self._left = True
         last = self._home.leave(self._directory, self._member)
         self.send(wire.Bye())
-        if last and not wait_for_exit(self._pidfd, EXIT_TIMEOUT_S):
+        if not last:
+            return
+        if not wait_for_exit(self._pidfd, EXIT_TIMEOUT_S):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, 9)
+                os.kill(self._pid, signal.SIGKILL)
             wait_for_exit(self._pidfd, EXIT_TIMEOUT_S)
+        self._home.discard(self._directory)
 
     def close(self) -> None:
         """Release the socket; the frontend is no longer a member, and the engine ends if it was the last."""

@@ -12,12 +12,17 @@ _PR_SET_PDEATHSIG = 1
 
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
+    fields = stat_fields(pid)
+    return fields is not None and fields[0] not in ("Z", "X")
+
+
+def stat_fields(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat from the third, the state, on (proc(5)); None if there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        # The name before the state may itself hold blanks and parentheses.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return False
-    # The state follows the command in parentheses, which may itself hold any character.
-    return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        return None
 
 
 def open_pidfd(pid: int) -> int | None:
