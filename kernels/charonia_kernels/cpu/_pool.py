@@ -186,7 +186,6 @@ class Pool:
         # CFUNCTYPE releases the GIL for as long as the call lasts.
         self._help = ctypes.CFUNCTYPE(None, ctypes.c_int64)(help_code.address)
         self._launch = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 4)(launch_code.address)
-        self._grow = threading.Lock()
         self._reset()
         os.register_at_fork(after_in_child=self._reset)
         atexit.register(self._stop)
@@ -203,6 +202,7 @@ class Pool:
         for field, function in ((_WAIT, libc.sem_wait), (_POST, libc.sem_post), (_YIELD, libc.sched_yield)):
             self._field(field).value = ctypes.cast(function, ctypes.c_void_p).value or 0
         self._threads: list[threading.Thread] = []
+        self._grow = threading.Lock()
 
     def _field(self, offset: int) -> ctypes.c_int64:
         return ctypes.c_int64.from_address(self._record + offset)

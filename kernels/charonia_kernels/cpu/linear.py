@@ -97,8 +97,9 @@ KERNEL = Kernel(_Args, _build)
 _ITEM_BYTES = 128 * 1024
 # Below this many weight bytes, waking the pool costs more than it saves.
 _INLINE_BYTES = 96 * 1024
-# From here on a native bf16 matmul (avx512_bf16, AMX) repays its packing.
-_NATIVE_MIN_ROWS = 8
+# F.linear repacks the weights in each call, about three times their memory traffic: a native bf16 matmul repays that
+# once this kernel is bound by arithmetic, some four times over the rows at which it stops being bound by memory.
+_NATIVE_MIN_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
