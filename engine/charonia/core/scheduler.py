@@ -9,13 +9,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from charonia.config import SchedulerConfig
 from charonia.core.kv_manager import KVManager
 from charonia.core.queue import RunningList, WaitingQueue
 from charonia.core.stats import EngineStats
-from charonia.core.step import BlockDelta, NewRow, ScheduledRequest, StepPlan, StepResult
+from charonia.core.step import BlockDelta, NewRow, StepPlan, StepResult
+from charonia.core.step_builder import Launched, Share, StepBuilder
 from charonia.core.stopping import check_stop
 from charonia.errors import ErrorCode, InvalidRequestError, QueueFullError
 from charonia.outputs import FinishReason, TokenLogprobs
@@ -23,59 +23,6 @@ from charonia.request import EngineRequest, Request, RequestStatus, TokenDelta
 
 MAX_SKIPPED_LONG_PROMPTS = 64
 """Long prompts that short ones behind them may overtake in one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """One request's share of a step in flight; `start` is the position of its first token."""
-
-    request: Request
-    item: ScheduledRequest
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A step in flight, with the requests behind its rows."""
-
-    step_id: int
-    shares: list[_Share]
-
-
-class _StepBuilder:
-    """Gathers one step's plan."""
-
-    def __init__(self, step_id: int, budget: int) -> None:
-        self.step_id = step_id
-        self.budget = budget
-        self.num_long = 0
-        self.new_rows: list[NewRow] = []
-        self.block_deltas: list[BlockDelta] = []
-        self._decodes: list[_Share] = []
-        self._prefills: list[_Share] = []
-
-    def advance(self, request: Request, num_tokens: int) -> None:
-        """Move a request on by `num_tokens`; its blocks are there already."""
-        assert request.row is not None
-        samples = request.num_computed_tokens + num_tokens == request.num_tokens
-        item = ScheduledRequest(row=request.row, num_tokens=num_tokens, samples=samples)
-        (self._decodes if num_tokens == 1 else self._prefills).append(
-            _Share(request, item, request.num_computed_tokens)
-        )
-        request.last_step_id = self.step_id
-        request.num_computed_tokens += num_tokens
-        if samples:
-            request.num_pending_tokens += 1
-        self.budget -= num_tokens
-
-    def holds(self, request: Request) -> bool:
-        """Whether the step advances the request."""
-        return request.last_step_id == self.step_id
-
-    @property
-    def shares(self) -> list[_Share]:
-        """All scheduled rows, single tokens first."""
-        return self._decodes + self._prefills
 
 
 class Scheduler:
@@ -96,7 +43,7 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._freed_rows: list[int] = []
         self._deadlines: list[tuple[float, int]] = []
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[Launched] = deque()
         self._deltas: list[TokenDelta] = []
         self._next_step_id = 0
         self._next_order = 0
@@ -134,15 +81,7 @@ class Scheduler:
         """End a request in whatever state it is; unknown and finished ones are ignored."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._finish(request, FinishReason.ABORT)
-            self._deltas.append(
-                TokenDelta(
-                    request_id=request_id,
-                    finish_reason=FinishReason.ABORT,
-                    error=message,
-                    error_code=code.value,
-                )
-            )
+            self._end_with_error(request, FinishReason.ABORT, message, code)
 
     @property
     def has_work(self) -> bool:
@@ -180,7 +119,7 @@ class Scheduler:
         self._expire()
         if self._config.policy == "priority":
             self._yield_to_priority()
-        step = _StepBuilder(self._next_step_id, self._config.max_num_batched_tokens)
+        step = StepBuilder(self._next_step_id, self._config.max_num_batched_tokens)
         preempted = self._stats.preemptions
         self._advance_running(step)
         if self._stats.preemptions == preempted:
@@ -189,7 +128,7 @@ class Scheduler:
         if not shares:
             return None
         self._next_step_id += 1
-        self._launched.append(_Launched(step.step_id, shares))
+        self._launched.append(Launched(step.step_id, shares))
         freed, self._freed_rows = self._freed_rows, []
         plan = StepPlan(
             step.step_id, [share.item for share in shares], step.new_rows, step.block_deltas, freed
@@ -203,7 +142,7 @@ class Scheduler:
         while (deadline := self.next_deadline) is not None and deadline <= now:
             self.abort(heapq.heappop(self._deadlines)[1], "deadline exceeded")
 
-    def _advance_running(self, step: _StepBuilder) -> None:
+    def _advance_running(self, step: StepBuilder) -> None:
         # Single tokens first: a long prefill never takes the budget of a decode.
         running = self._running.snapshot()
         multi: list[Request] = []
@@ -226,17 +165,17 @@ class Scheduler:
             return 0
         return request.num_tokens - request.num_computed_tokens
 
-    def _overlong(self, step: _StepBuilder, wanted: int) -> bool:
+    def _overlong(self, step: StepBuilder, wanted: int) -> bool:
         """Whether this would be one long prefill too many for the step."""
         is_long = wanted > self._config.long_prefill_token_threshold
         return is_long and step.num_long >= self._config.max_long_partial_prefills
 
-    def _chunk(self, step: _StepBuilder, wanted: int) -> int:
+    def _chunk(self, step: StepBuilder, wanted: int) -> int:
         """How much of `wanted` fits the budget; counts a long prefill."""
         step.num_long += wanted > self._config.long_prefill_token_threshold
         return min(wanted, step.budget)
 
-    def _advance(self, step: _StepBuilder, request: Request, num_tokens: int) -> None:
+    def _advance(self, step: StepBuilder, request: Request, num_tokens: int) -> None:
         if num_tokens <= 0 or step.budget < num_tokens:
             return
         blocks = self._grow(request, request.num_computed_tokens + num_tokens, step)
@@ -248,7 +187,7 @@ class Scheduler:
         step.advance(request, num_tokens)
         self._kv.publish(request)
 
-    def _grow(self, request: Request, num_tokens: int, step: _StepBuilder) -> list[int] | None:
+    def _grow(self, request: Request, num_tokens: int, step: StepBuilder) -> list[int] | None:
         """Blocks for the request, preempting later ones if need be; None if it must wait or was preempted itself."""
         while (blocks := self._kv.grow(request, num_tokens)) is None:
             missing = self._kv.blocks_for(num_tokens) - len(request.block_ids)
@@ -277,7 +216,7 @@ class Scheduler:
 
     # ---- admission ----
 
-    def _admit_waiting(self, step: _StepBuilder) -> None:
+    def _admit_waiting(self, step: StepBuilder) -> None:
         skipped: list[Request] = []
         while step.budget > 0 and len(skipped) <= MAX_SKIPPED_LONG_PROMPTS:
             request = self._waiting.peek()
@@ -318,7 +257,7 @@ class Scheduler:
                 return
             self._preempt(victim)
 
-    def _admit(self, step: _StepBuilder, request: Request, prefix: list[int], num_tokens: int) -> None:
+    def _admit(self, step: StepBuilder, request: Request, prefix: list[int], num_tokens: int) -> None:
         self._kv.admit(request, prefix)
         grown = self._kv.grow(request, request.num_computed_tokens + num_tokens)
         assert grown is not None, "admission checked that the blocks are there"
@@ -360,20 +299,12 @@ class Scheduler:
             if not share.request.finished:
                 self._apply(share, token_id, result)
 
-    def _apply(self, share: _Share, token_id: int | None, result: StepResult) -> None:
+    def _apply(self, share: Share, token_id: int | None, result: StepResult) -> None:
         request, row = share.request, share.item.row
         if row in result.failed_rows:
             self._kv.unpublish(request)
-            self._finish(request, FinishReason.ERROR)
             message = "no token can be sampled: the logits are not finite, or every token is excluded"
-            self._deltas.append(
-                TokenDelta(
-                    request_id=request.request_id,
-                    finish_reason=FinishReason.ERROR,
-                    error=message,
-                    error_code=ErrorCode.INTERNAL.value,
-                )
-            )
+            self._end_with_error(request, FinishReason.ERROR, message, ErrorCode.INTERNAL)
             return
         prompt_logprobs = self._new_prompt_logprobs(share, result)
         if token_id is None:
@@ -404,7 +335,7 @@ class Scheduler:
         if stop is not None:
             self._finish(request, stop.reason)
 
-    def _new_prompt_logprobs(self, share: _Share, result: StepResult) -> list[TokenLogprobs] | None:
+    def _new_prompt_logprobs(self, share: Share, result: StepResult) -> list[TokenLogprobs] | None:
         """The step's prompt logprobs less those sent already: a preempted prefill computes some again."""
         entries = result.prompt_logprobs.get(share.item.row)
         if not entries:
@@ -413,6 +344,14 @@ class Scheduler:
         known = max(0, request.num_prompt_logprobs - share.start)
         request.num_prompt_logprobs = max(request.num_prompt_logprobs, share.start + len(entries))
         return entries[known:] or None
+
+    def _end_with_error(self, request: Request, reason: FinishReason, message: str, code: ErrorCode) -> None:
+        self._finish(request, reason)
+        self._deltas.append(
+            TokenDelta(
+                request_id=request.request_id, finish_reason=reason, error=message, error_code=code.value
+            )
+        )
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """The one way out: give back row and blocks, forget the request."""
