@@ -1,15 +1,17 @@
 """Offline inference: `LLM(model).generate(prompts)`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from tqdm import tqdm
 
 from charonia.config import EngineConfig
 from charonia.core.stats import EngineStats
-from charonia.errors import InvalidRequestError
+from charonia.entrypoints.interrupt import deferred_interrupt
+from charonia.errors import EngineDeadError, InvalidRequestError
 from charonia.model_config import ModelConfig
 from charonia.outputs import RequestOutput
+from charonia.request import EngineRequest, TokenDelta
 from charonia.sampling_params import SamplingParams
 from charonia.serving.engine_builder import build_engine
 from charonia.serving.input_processor import InputProcessor
@@ -37,6 +39,7 @@ class LLM:
         self._inputs = InputProcessor(config, model_config, Tokenizer.from_dir(config.tokenizer_dir))
         self._core, self._summary = build_engine(config, model_config)
         self._next_id = 0
+        self._failed = False
 
     def generate(
         self,
@@ -49,7 +52,10 @@ class LLM:
         """Continue each prompt; outputs come in the prompts' order.
 
         prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`, or a list of these.
-        sampling_params: one for all, or one for each. Raises `InvalidRequestError` before anything runs.
+        sampling_params: one for all, or one for each. priority: of each prompt; lower runs first.
+
+        Raises `InvalidRequestError` before anything runs. What ends one request with an error, or Ctrl-C, ends the
+        call: the engine drops its other requests and is ready for the next call.
         """
         inputs = [_prompt_input(prompt) for prompt in _as_batch(prompts)]
         return self._run(self._requests(inputs, sampling_params, priority), use_tqdm)
@@ -117,40 +123,42 @@ class LLM:
         ]
 
     def _run(self, requests: list[GenerationRequest], use_tqdm: bool) -> list[RequestOutput]:
-        lives = [self._prepare(request) for request in requests]
-        by_id = {engine_id: live for live, _ in lives for engine_id in live.engine_ids}
+        if self._failed:
+            raise EngineDeadError("the engine has failed; make a new LLM")
+        prepared = [self._prepare(request) for request in requests]
+        by_id = {engine_id: live for live, _ in prepared for engine_id in live.engine_ids}
         results: dict[int, RequestOutput] = {}
-        with tqdm(total=len(lives), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        with (
+            tqdm(total=len(prepared), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar,
+            deferred_interrupt() as check_interrupt,
+        ):
             try:
-                for _, engine_requests in lives:
+                for _, engine_requests in prepared:
                     for request in engine_requests:
                         self._core.add(request)
                 while by_id:
-                    self._step(by_id, results, bar)
+                    check_interrupt()
+                    bar.update(self._advance(by_id, results))
             finally:
-                # Interrupted or failed: nothing of this call may linger in the engine.
-                for engine_id in by_id:
-                    self._core.abort(engine_id)
-                while self._core.has_work:
-                    self._core.step()
-        return [results[live.first_id] for live, _ in lives]
+                self._clear(by_id)
+        return [results[live.first_id] for live, _ in prepared]
 
-    def _prepare(self, request: GenerationRequest) -> tuple[LiveRequest, list[Any]]:
+    def _prepare(self, request: GenerationRequest) -> tuple[LiveRequest, list[EngineRequest]]:
         prompt, token_ids = self._inputs.tokenize(request)
         first_id, self._next_id = self._next_id, self._next_id + request.params.n
         live = LiveRequest(request, prompt, token_ids, self._inputs.tokenizer, self._inputs.eos_token_ids)
         live.first_id = first_id
         return live, self._inputs.expand(request, token_ids, first_id)
 
-    def _step(
-        self, by_id: dict[int, LiveRequest], results: dict[int, RequestOutput], bar: "tqdm[Any]"
-    ) -> None:
+    def _advance(self, by_id: dict[int, LiveRequest], results: dict[int, RequestOutput]) -> int:
+        """One step; how many requests finished."""
         touched: dict[int, LiveRequest] = {}
-        for delta in self._core.step():
+        for delta in self._step():
             live = by_id.get(delta.request_id)
             if live is not None:
                 live.push(delta)
                 touched[live.first_id] = live
+        num_finished = 0
         for live in touched.values():
             for engine_id in live.take_aborts():
                 self._core.abort(engine_id)
@@ -160,9 +168,27 @@ class LLM:
             if output is not None:
                 _accumulate(results, live.first_id, output)
             if live.finished:
+                num_finished += 1
                 for engine_id in live.engine_ids:
                     del by_id[engine_id]
-                bar.update()
+        return num_finished
+
+    def _step(self) -> list[TokenDelta]:
+        try:
+            return self._core.step()
+        except BaseException:
+            # Whatever it was, what the engine holds is not to be trusted any more.
+            self._failed = True
+            raise
+
+    def _clear(self, engine_ids: Iterable[int]) -> None:
+        """End requests, and run the steps that still touch them."""
+        if self._failed:
+            return
+        for engine_id in engine_ids:
+            self._core.abort(engine_id)
+        while self._core.has_work:
+            self._step()
 
 
 def _accumulate(results: dict[int, RequestOutput], key: int, output: RequestOutput) -> None:
@@ -179,15 +205,20 @@ def _accumulate(results: dict[int, RequestOutput], key: int, output: RequestOutp
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
+    if len(prompts) > 0 and all(isinstance(item, int) for item in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(Sequence[Prompt], prompts)
 
 
 def _prompt_input(prompt: Prompt) -> str | Sequence[int]:
+    value: object = prompt
     if isinstance(prompt, Mapping):
-        for key in ("prompt_token_ids", "prompt"):
-            if prompt.get(key) is not None:
-                return cast(str | Sequence[int], prompt[key])
-        raise InvalidRequestError("a prompt mapping needs 'prompt' or 'prompt_token_ids'")
-    return prompt
+        value = next(
+            (prompt[key] for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None), None
+        )
+    if isinstance(value, str) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
+        return value
+    raise InvalidRequestError(
+        "a prompt must be a string, a list of token ids, or a mapping with 'prompt' or 'prompt_token_ids', "
+        f"got {type(value).__name__}"
+    )

@@ -30,6 +30,7 @@ class InputProcessor:
         self.max_model_len = config.max_model_len or model.max_position
         self.eos_token_ids = frozenset(model.eos_token_ids) | tokenizer.eos_token_ids
         self._vocab_size = model.vocab_size
+        self._stop_token_ids = sorted(token for token in self.eos_token_ids if token < model.vocab_size)
         self._default_deadline_s = config.default_deadline_s
         self._random = random.Random(f"{config.seed}/{salt}")
 
@@ -46,16 +47,16 @@ class InputProcessor:
                 chat_template_kwargs=prompt.chat_template_kwargs,
             )
             # Templates write the special tokens themselves.
-            return text, self._check_length(self.tokenizer.encode(text, add_special_tokens=False))
+            return text, self._check_text_ids(self.tokenizer.encode(text, add_special_tokens=False))
         if isinstance(prompt, str):
             if len(prompt) > MAX_PROMPT_CHARS:
                 raise InvalidRequestError(
                     f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are taken"
                 )
-            return prompt, self._check_length(self.tokenizer.encode(prompt))
-        ids = list(prompt)
+            return prompt, self._check_text_ids(self.tokenizer.encode(prompt))
+        ids = self._check_length(list(prompt))
         self._check_ids("prompt token ids", ids)
-        return None, self._check_length(ids)
+        return None, ids
 
     def expand(
         self, request: GenerationRequest, token_ids: list[int], first_id: int = 0
@@ -66,8 +67,10 @@ class InputProcessor:
         room = self.max_model_len - len(token_ids)
         stop_ids = list(params.stop_token_ids)
         if not params.ignore_eos:
-            stop_ids += [token for token in self.eos_token_ids if token not in stop_ids]
+            stop_ids += [token for token in self._stop_token_ids if token not in stop_ids]
         bad_words = self.tokenizer.bad_words_ids(params.bad_words) if params.bad_words else []
+        # A tokenizer may know tokens that the model has no logits for: those never come.
+        bad_words = [word for word in bad_words if max(word) < self._vocab_size]
         now = time.monotonic()
         timeout = request.timeout_s if request.timeout_s is not None else self._default_deadline_s
         # Random.getrandbits is one C call: safe from several threads.
@@ -96,6 +99,13 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"the prompt has {len(token_ids)} tokens, which leaves no room to generate within the context length "
                 f"of {self.max_model_len}"
+            )
+        return token_ids
+
+    def _check_text_ids(self, token_ids: list[int]) -> list[int]:
+        if max(self._check_length(token_ids)) >= self._vocab_size:
+            raise InvalidRequestError(
+                f"the prompt has a token ({max(token_ids)}) that the tokenizer knows and the model does not"
             )
         return token_ids
 

@@ -35,7 +35,10 @@ class LiveRequest:
         }
         self._outputs: list[CompletionOutput] = []
         self._aborts: list[int] = []
-        self._prompt_logprobs: list[PositionLogprobs | None] | None = None
+        # Nothing predicts the first token.
+        self._prompt_logprobs: list[PositionLogprobs | None] | None = (
+            None if request.params.prompt_logprobs is None else [None]
+        )
         self._num_cached_tokens = 0
 
     @property
@@ -58,10 +61,10 @@ class LiveRequest:
             self._fail(delta)
             return
         self._note_first(delta)
-        if delta.prompt_logprobs and index == 0:
-            known: list[PositionLogprobs | None] = self._prompt_logprobs or [None]
-            known.extend(convert_logprobs(self._tokenizer, entry) for entry in delta.prompt_logprobs)
-            self._prompt_logprobs = known
+        if delta.prompt_logprobs and self._prompt_logprobs is not None and index == 0:
+            self._prompt_logprobs += [
+                convert_logprobs(self._tokenizer, entry) for entry in delta.prompt_logprobs
+            ]
         if not delta.token_ids and delta.finish_reason is None:
             return
         output = sequence.push(delta)
