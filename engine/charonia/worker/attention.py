@@ -1,7 +1,9 @@
 """The KV cache, and attention over it: what a model's layers see as their explicit context."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from charonia_kernels import paged_attention, qk_norm_rope_write
 
@@ -24,11 +26,19 @@ class KVCache:
         cls, *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int,
         dtype: torch.dtype, device: torch.device,
     ) -> "KVCache":  # fmt: skip
-        """Zeroed caches. On a CPU, pages are taken from the system only when first written."""
+        """Zeroed caches. On a CPU, the system gives each page when it is first written."""
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
-        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         return cls(keys, values)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; numpy's comes from calloc.
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True, slots=True)
