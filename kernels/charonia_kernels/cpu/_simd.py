@@ -9,6 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 8
+CACHE_LINE = 64
 I64 = ir.IntType(64)
 F32 = ir.FloatType()
 VECTOR = ir.VectorType(F32, LANES)
@@ -132,19 +133,25 @@ def splat(builder: Any, scalar: Any) -> Any:
     return shuffle(builder, first, first, [0] * LANES)
 
 
+def prefetch_line(builder: Any, base: Any, distance: Any) -> None:
+    """Ask for the cache line ``distance`` bytes behind ``base`` to be brought into the L2 cache; never faults."""
+    byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    line = builder.gep(builder.bitcast(base, byte), [distance])
+    builder.call(function, [line, i32(0), i32(2), i32(1)])  # to read, into L2, data
+
+
 @intrinsic
 def prefetch(typing_context: Any, base: Any, elements: Any) -> Any:
     """Ask for ``elements`` values behind a pointer to be brought into the L2 cache."""
     signature = types.void(base, types.int64)
-    step = 64 // (base.dtype.bitwidth // 8)
+    size = base.dtype.bitwidth // 8
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        with cgutils.for_range_slice(builder, I64(0), args[1], I64(step), I64) as (i, _):
-            line = builder.bitcast(builder.gep(args[0], [i]), byte)
-            builder.call(function, [line, i32(0), i32(2), i32(1)])  # read, L2, data
+        end = builder.mul(args[1], I64(size))
+        with cgutils.for_range_slice(builder, I64(0), end, I64(CACHE_LINE), I64) as (distance, _):
+            prefetch_line(builder, args[0], distance)
         return context.get_dummy_value()
 
     return signature, codegen

@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from charonia_kernels.cpu._simd import (
+    CACHE_LINE,
     F32,
     I64,
     LANES,
@@ -21,6 +22,7 @@ from charonia_kernels.cpu._simd import (
     fma,
     load_lanes,
     load_scalar,
+    prefetch_line,
     shuffle,
     splat,
     store_scalar,
@@ -48,11 +50,13 @@ def _sum_each(builder: Any, vectors: list[Any]) -> list[Any]:
     return sums
 
 
-def dot_tile(rows: int, columns: int) -> Callable[..., None]:
+def dot_tile(rows: int, columns: int, ahead: int = 0) -> Callable[..., None]:
     """A jit function ``(x, x_stride, w, w_stride, depth, bias, out, out_stride)``.
 
     ``out[r * out_stride + c] = bias[c] + sum_k x[r * x_stride + k] * w[c * w_stride + k]`` for r < rows, c < columns.
-    x and bias point to fp32 (bias may be null), w and out to fp32 or bf16; strides are in elements.
+    x and bias point to fp32 (bias may be null), w and out to fp32 or bf16; strides are in elements. Unless ``ahead``
+    is 0, what lies so many bytes behind w is prefetched at the rate at which w is read: hardware prefetchers do not
+    follow several short rows at once to where the next ones begin.
     """
 
     @intrinsic
@@ -72,6 +76,11 @@ def dot_tile(rows: int, columns: int) -> Callable[..., None]:
             lanes = {cell: cgutils.alloca_once_value(builder, zero) for cell in cells}
             whole = builder.and_(depth, I64(-LANES))
             with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES), I64) as (k, _):
+                if ahead:
+                    element = 2 if is_bf16 else 4
+                    read = builder.mul(k, I64(columns * element))
+                    for line in range(0, columns * LANES * element, CACHE_LINE):
+                        prefetch_line(builder, w_base, builder.add(read, I64(ahead + line)))
                 w_values = [load_lanes(builder, base, k, is_bf16) for base in w_rows]
                 for r in range(rows):
                     x_value = load_lanes(builder, x_rows[r], k, False)
