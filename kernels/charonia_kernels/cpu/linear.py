@@ -30,7 +30,7 @@ class _Args(ctypes.Structure):
     ]
 
 
-# Bytes ahead of a tile's weights that are prefetched: 1.4 times the bandwidth at up to 8 rows, measured on rows of 1 KB.
+# Prefetch so many bytes ahead of a tile's weights: 1.4 times the bandwidth at up to 8 rows, measured on rows of 1 KB.
 _AHEAD = 4608
 
 
