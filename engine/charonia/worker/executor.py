@@ -30,12 +30,16 @@ class InProcessExecutor:
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-device")
         self._setup = resolve(config, model_config)
+        threads = torch.get_num_threads()
         try:
             # Thread-bound device state (OpenMP pools, the current CUDA device) belongs to the thread that runs steps.
             self._runner = self._thread.submit(self._load, config, model_config).result()
         except BaseException:
             self._thread.shutdown()
             raise
+        finally:
+            # The device thread keeps its own setting; the caller's process keeps the one it had.
+            torch.set_num_threads(threads)
         self.scheduler_config: SchedulerConfig = self._setup.scheduler_config(
             config, self._runner.kv_cache_size.num_blocks
         )
@@ -58,7 +62,10 @@ class InProcessExecutor:
     def _load(self, config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
         setup = self._setup
         if setup.device.type == "cpu":
-            torch.set_num_threads(setup.cpu_threads)
+            cpu_kernels.set_num_threads(setup.cpu_threads)
+            # PyTorch gets threads only where it does the large products.
+            native = setup.dtype == torch.bfloat16 and cpu_kernels.has_native_bf16()
+            torch.set_num_threads(setup.cpu_threads if native else 1)
             cpu_kernels.warm_up(setup.dtype)
         loaded = load_model(config, model_config, device=setup.device, dtype=setup.dtype)
         return ModelRunner(config, model_config, setup, loaded.model)

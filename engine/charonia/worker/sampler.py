@@ -14,7 +14,10 @@ from charonia.worker.logits import apply_constraints, apply_penalties
 from charonia.worker.rows import RequestRows, RowState
 
 CANDIDATES = 512
-"""Most likely tokens that are looked at first for top-k and top-p; a full sort follows only where they do not do."""
+"""Most likely tokens that are looked at first for top-k and top-p."""
+
+MORE_CANDIDATES = 8192
+"""Looked at next, for rows where the first do not do; then comes the whole vocabulary."""
 
 NO_LIMIT = 1 << 40
 """A top_k beyond every vocabulary."""
@@ -133,17 +136,20 @@ def _cutoffs(weights: torch.Tensor, states: list[RowState]) -> torch.Tensor:
     if not ranked:
         return cutoffs
     params = [states[i].sampling for i in ranked]
-    top_k = torch.tensor([p.top_k if p.top_k > 0 else NO_LIMIT for p in params], device=device)
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-    limits = _Limits(top_k, top_p, cutoffs[ranked])
-    part = weights if len(ranked) == len(states) else weights[ranked]
-    count = min(vocab, max(p.top_k if 0 < p.top_k <= CANDIDATES else CANDIDATES for p in params))
-    found, certain = _ranked_cutoffs(part.topk(count, dim=-1).values, _total(part), limits)
-    if not bool(certain.all()):
-        rest = (~certain).nonzero()[:, 0]
-        ordered = part[rest].sort(dim=-1, descending=True).values
-        found[rest], _ = _ranked_cutoffs(ordered, _total(ordered), limits.select(rest))
-    cutoffs[ranked] = found
+    limits = _Limits(
+        top_k=torch.tensor([p.top_k if p.top_k > 0 else NO_LIMIT for p in params], device=device),
+        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+        min_p=cutoffs[ranked],
+    )
+    rest = torch.tensor(ranked, device=device)
+    first = max(p.top_k if 0 < p.top_k <= CANDIDATES else CANDIDATES for p in params)
+    for count in (first, MORE_CANDIDATES, vocab):
+        part = weights if len(rest) == len(weights) else weights[rest]
+        best = part.topk(min(count, vocab), dim=-1).values
+        cutoffs[rest], certain = _ranked_cutoffs(best, _total(part), limits)
+        if bool(certain.all()):
+            break
+        rest, limits = rest[~certain], limits.select(~certain)
     return cutoffs
 
 
@@ -156,6 +162,7 @@ class _Limits:
     min_p: torch.Tensor
 
     def select(self, rows: torch.Tensor) -> "_Limits":
+        """Those of the rows that a mask picks."""
         return _Limits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 

@@ -17,6 +17,7 @@ import torch
 
 from charonia_kernels.cpu._compile import FAST_MATH, SOURCE_DIGEST, compile_cached
 from charonia_kernels.cpu._pool import Pool
+from charonia_kernels.cpu._threads import num_threads
 
 __all__ = [
     "ELEMENT",
@@ -63,7 +64,7 @@ def pool() -> Pool:
 
 def workers_for(work: int, items: int) -> int:
     """Threads for ``work`` elementary operations in ``items`` pieces: one when sharing would not pay."""
-    return 1 if work < _INLINE_WORK else min(items, torch.get_num_threads())
+    return 1 if work < _INLINE_WORK else min(items, num_threads())
 
 
 def check_caches(op: str, key_cache: torch.Tensor, value_cache: torch.Tensor, head_dim: int) -> None:

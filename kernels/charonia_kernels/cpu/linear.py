@@ -17,6 +17,7 @@ from numba import carray
 
 from charonia_kernels.cpu._jit import INT, SOURCE_DIGEST, WORK, Kernel, jit
 from charonia_kernels.cpu._simd import claim_item, offset, pointer
+from charonia_kernels.cpu._threads import num_threads
 from charonia_kernels.cpu._tiles import dot_tile
 
 _F32 = numba.float32
@@ -172,7 +173,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     columns = weight.shape[0]
     if weight.shape[1] != depth:
         raise ValueError(f"linear: x is [{rows}, {depth}], weight [{columns}, {weight.shape[1]}]")
-    plan = plan_linear(rows, columns, depth, weight.dtype, torch.get_num_threads(), has_native_bf16())
+    plan = plan_linear(rows, columns, depth, weight.dtype, num_threads(), has_native_bf16())
     if plan.use_torch and x.dtype == weight.dtype:
         return F.linear(x, weight, bias)
     out = torch.empty((rows, columns), dtype=x.dtype)
