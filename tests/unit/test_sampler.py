@@ -13,7 +13,15 @@ from charonia.sampling_params import SamplingParams
 from charonia.worker.batch import SampledRow
 from charonia.worker.logits import apply_constraints, apply_penalties
 from charonia.worker.rows import RequestRows
-from charonia.worker.sampler import CANDIDATES, SEARCH_BLOCK, SamplerOutput, gather_logprobs, sample, uniform
+from charonia.worker.sampler import (
+    CANDIDATES,
+    MORE_CANDIDATES,
+    SEARCH_BLOCK,
+    SamplerOutput,
+    gather_logprobs,
+    sample,
+    uniform,
+)
 
 Array = npt.NDArray[np.float64]
 MAX_LEN = 12_000
@@ -151,6 +159,24 @@ def test_filters_on_a_peaked_distribution(filters: dict[str, Any]) -> None:
     assert (error <= 5.0 * np.sqrt(probs[likely] / 2000)).all()
 
 
+@pytest.mark.parametrize(
+    "filters", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_k": 9000}, {"min_p": 0.5, "top_p": 0.9}], ids=str
+)
+def test_filters_over_large_vocabularies(filters: dict[str, Any]) -> None:
+    """More tokens stay than are looked at first, and next."""
+    vocab = 12_000
+    logits = gaussian(1, vocab, scale=0.05)
+    probs = oracle(logits[0], SamplingParams(**filters))
+    batch = Batch(vocab)
+    for seed in range(16):
+        batch.add(SamplingParams(**filters), seed=seed)
+    tokens = batch.sample(logits.repeat(16, 1)).tokens
+    order = np.argsort(-probs, kind="stable")
+    assert np.count_nonzero(probs) > MORE_CANDIDATES
+    assert (probs[tokens.numpy()] > 0.0).all()
+    assert np.isin(tokens.numpy(), order[MORE_CANDIDATES:]).any()
+
+
 def test_filters_of_different_rows_do_not_mix() -> None:
     logits = gaussian(16, 560, scale=0.3)
     batch = Batch(560)
@@ -276,6 +302,9 @@ def test_extreme_seeds_and_positions() -> None:
     seeds = [-(2**63), 2**63 - 1, 0, -1]
     assert len(set(uniform(seeds, [0, 0, 0, 0]).tolist())) == 4
     assert len(set(uniform([5] * 4, [0, 1, 2**31, 2**40]).tolist())) == 4
+    # SplitMix64 adds this to its state at each position.
+    step = 0x9E3779B97F4A7C15 - 2**64
+    assert not np.intersect1d(uniform([0] * 50, list(range(50))), uniform([step] * 50, list(range(50)))).size
 
 
 # ---- constraints and penalties ----
