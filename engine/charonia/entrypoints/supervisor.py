@@ -8,7 +8,7 @@ from pathlib import Path
 
 from charonia.entrypoints.launch_error import LaunchError
 from charonia.entrypoints.triton_server import TritonServer
-from charonia.entrypoints.watch import ServerWatch, WatchLimits
+from charonia.entrypoints.watch import IdleWatch, ServerWatch, WatchLimits
 
 _REACTION_S = 0.05
 
@@ -147,7 +147,7 @@ class Supervisor:
                 fault = self._watch(server, on_poll)
                 if fault is None:
                     self._report("stopping; requests in flight may finish; ask again to end them")
-                    server.stop(lambda: self._stop.hurry)
+                    self._drain(server)
                     return
             except LaunchError as error:
                 if not has_served:
@@ -189,6 +189,11 @@ class Supervisor:
             return None
         finally:
             watch.close()
+
+    def _drain(self, server: TritonServer) -> None:
+        """Stop the server once nothing is in flight any more, or a second request to stop has come."""
+        idle = IdleWatch(self._supervised.runtime_dir)
+        server.stop(lambda: self._stop.hurry or idle.is_idle(time.monotonic()))
 
     def _back_off(self, fault: str) -> None:
         delay = self._budget.spend(time.monotonic())

@@ -180,7 +180,7 @@ class TritonServer:
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
         """Drain within the exit timeout, kill what is left, remove its files; safe to call again.
 
-        The draining ends at once when `hurry` returns True.
+        The draining ends at once when `hurry` returns True: something more urgent, or nothing left to drain.
         """
         self.request_stop()
         deadline = time.monotonic() + self.exit_timeout_s + _EXIT_MARGIN_S

@@ -47,7 +47,7 @@ class EngineWatch:
 
     def fault(self, now: float) -> str | None:
         """What only a restart of the server can mend, if anything. `now` is CLOCK_MONOTONIC, in seconds."""
-        status = self._newest()
+        status = _newest_status(self._runtime_dir)
         # A model without an engine has no status, and one that drains is about to go.
         if status is None or status.state == "draining":
             self._last_alive = now
@@ -74,9 +74,33 @@ class EngineWatch:
             self._report(f"the engine runs again, as process {status.pid} (restart {status.restarts})")
             self._reported_dead = None
 
-    def _newest(self) -> EngineStatus | None:
-        statuses = filter(None, map(_read_status, self._runtime_dir.glob("**/engine.json")))
-        return max(statuses, key=lambda status: status.generation, default=None)
+
+class IdleWatch:
+    """Tells when a model that is to stop has nothing left to do.
+
+    Triton's HTTP server waits out its whole exit timeout for connections that clients keep open without using them, and
+    a gRPC stream that is merely held open keeps it from unloading its models: its end says nothing about requests.
+    """
+
+    def __init__(self, runtime_dir: Path, idle_s: float = 4.0) -> None:
+        """runtime_dir: as for `EngineWatch`. idle_s: how long nothing must have been asked of the engine."""
+        self._runtime_dir = runtime_dir
+        self._idle_s = idle_s
+        self._busy_at = time.monotonic()
+
+    def is_idle(self, now: float) -> bool:
+        """Whether the engine lives and has had no request for so long. `now` is CLOCK_MONOTONIC, in seconds."""
+        status = _newest_status(self._runtime_dir)
+        # An engine that is gone, or is going, means that the server has come as far as to unload the model.
+        if status is None or status.state != "ready" or status.num_requests:
+            self._busy_at = now
+            return False
+        return status.beat - self._busy_at > self._idle_s
+
+
+def _newest_status(runtime_dir: Path) -> EngineStatus | None:
+    statuses = filter(None, map(_read_status, runtime_dir.glob("**/engine.json")))
+    return max(statuses, key=lambda status: status.generation, default=None)
 
 
 def _read_status(path: Path) -> EngineStatus | None:

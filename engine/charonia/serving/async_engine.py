@@ -24,6 +24,7 @@ from charonia.serving.engine_link import EngineLink, EngineLostError
 from charonia.serving.input_processor import InputProcessor
 from charonia.serving.live_request import LiveRequest
 from charonia.serving.mailbox import Mailbox
+from charonia.serving.processes import is_alive
 from charonia.serving.request import GenerationRequest, OutputSink
 from charonia.text import Tokenizer
 
@@ -214,8 +215,12 @@ class AsyncEngine:
                 if link is not None:
                     link.close()
             died += 1
+            if not is_alive(self._owner_pid):
+                self._give_up("the process that owns the engine has died")
+                return
             if self._closing or self._home.restarts_left() <= 0:
-                self._give_up()
+                self._give_up(f"the engine died too often; the last time: {self._why_not_ready}")
+                self._home.give_up(self._why_not_ready)
                 return
             logger.error("the engine was lost (%s); starting another", self._why_not_ready)
             time.sleep(min(8.0, RESTART_BACKOFF_S * 2 ** (died - 1)))
@@ -228,12 +233,11 @@ class AsyncEngine:
         if ready and not self._first_ready.done():
             self._first_ready.set_result(None)
 
-    def _give_up(self) -> None:
-        self._why_not_ready = f"the engine died too often; the last time: {self._why_not_ready}"
-        logger.error("%s", self._why_not_ready)
-        self._home.give_up(self._why_not_ready)
+    def _give_up(self, reason: str) -> None:
+        self._why_not_ready = reason
+        logger.error("%s", reason)
         if not self._first_ready.done():
-            self._first_ready.set_exception(EngineDeadError(self._why_not_ready))
+            self._first_ready.set_exception(EngineDeadError(reason))
 
     def _lose_engine(self, error: CharoniaError) -> None:
         """End every live request, those not yet sent included."""

@@ -45,7 +45,8 @@ long as the process does, whatever becomes of the frontends' own threads."""
 class EngineStatus(msgspec.Struct, kw_only=True):
     """engine.json. beat: CLOCK_MONOTONIC of the last sign of life. error, error_code: why the start failed.
 
-    restarts: engines of this directory that died before this one, within the restart window.
+    restarts: engines of this directory that died before this one, within the restart window. num_requests: those that
+    run or wait, at most about a second ago.
     """
 
     pid: int
@@ -53,6 +54,7 @@ class EngineStatus(msgspec.Struct, kw_only=True):
     generation: int
     beat: float
     restarts: int = 0
+    num_requests: int = 0
     error: str | None = None
     error_code: str | None = None
 

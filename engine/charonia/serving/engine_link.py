@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 
 import zmq
@@ -15,6 +16,10 @@ from charonia.serving.processes import open_pidfd, wait_for_exit
 
 POLL_S = 0.02
 EXIT_TIMEOUT_S = 15.0
+PULSE_CHECK_S = 1.0
+MAX_MISSED_BEATS = 15
+"""Checks of the engine's status in a row that may find no new beat. An engine that is past them hangs: its watchdog
+beats once a second whatever the steps do. Checks are counted, not time: a machine that was suspended harms nobody."""
 
 
 class EngineLostError(EngineDeadError):
@@ -33,6 +38,9 @@ class EngineLink:
         self._left = False
         self._client_index = 0
         self._next_id = 0
+        self._beat = 0.0
+        self._missed_beats = 0
+        self._next_check = 0.0
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -92,7 +100,8 @@ class EngineLink:
     def wait(self, wake_fd: int | None, timeout_s: float) -> list[wire.OutputFrame]:
         """Frames that have arrived; waits until there are some, `wake_fd` is readable, or time is up.
 
-        Raises `EngineLostError`, but only after every frame that the engine has sent was returned.
+        Raises `EngineLostError`, but only after every frame that the engine has sent was returned. An engine that
+        shows no sign of life for about 15 seconds is killed.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -111,7 +120,24 @@ class EngineLink:
                         frames.append(message)
         if not frames and self._pidfd in events:
             raise EngineLostError(f"the engine process (pid {self._pid}) ended unexpectedly")
+        if not frames:
+            self._check_pulse()
         return frames
+
+    def _check_pulse(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + PULSE_CHECK_S
+        status = self._directory.read_status()
+        beat = status.beat if status is not None else self._beat
+        self._missed_beats = self._missed_beats + 1 if beat == self._beat else 0
+        self._beat = beat
+        if self._missed_beats >= MAX_MISSED_BEATS:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            wait_for_exit(self._pidfd, EXIT_TIMEOUT_S)
+            raise EngineLostError(f"the engine process (pid {self._pid}) hung and was killed")
 
     def send(self, message: wire.ToEngine) -> None:
         """Queue a message; never blocks."""

@@ -21,7 +21,7 @@ from charonia.request import TokenDelta
 from charonia.serving import wire
 from charonia.serving.engine_builder import build_engine
 from charonia.serving.engine_home import EngineDir, EngineHome, EngineStatus
-from charonia.serving.processes import die_with_parent, open_pidfd
+from charonia.serving.processes import die_with_parent, open_pidfd, parent_of
 from charonia.serving.watchdog import Watchdog
 
 logger = logging.getLogger("charonia.engine")
@@ -48,8 +48,9 @@ class EngineServer:
     Ends when its last frontend leaves or dies. A frontend's death ends its requests.
     """
 
-    def __init__(self, core: EngineCore, directory: EngineDir, watchdog: Watchdog) -> None:
+    def __init__(self, core: EngineCore, directory: EngineDir, watchdog: Watchdog, owner_pid: int) -> None:
         self._core = core
+        self._owner_pid = owner_pid
         self._home = EngineHome(directory.path.parent)
         self._directory = directory
         self._watchdog = watchdog
@@ -128,6 +129,8 @@ class EngineServer:
         if pidfd is None:
             return
         self._poller.register(pidfd, zmq.POLLIN)
+        if parent_of(pid) == self._owner_pid:
+            self._watchdog.add_dependent(pidfd)
         self._clients[index] = _Client(identity, pidfd)
         self._by_identity[identity] = index
         self._send(index, wire.Welcome(index))
@@ -159,6 +162,7 @@ class EngineServer:
             self._core.abort(request_id, "the frontend is gone", ErrorCode.UNAVAILABLE)
         if client.pidfd is not None:
             self._poller.unregister(client.pidfd)
+            self._watchdog.remove_dependent(client.pidfd)
             os.close(client.pidfd)
 
     # ---- sending ----
@@ -180,8 +184,10 @@ class EngineServer:
         now = time.monotonic()
         if now - self._last_stats >= STATS_INTERVAL_S:
             self._last_stats = now
+            stats = self._core.stats()
+            self._watchdog.note_requests(stats.num_running + stats.num_waiting)
             for index in list(self._clients):
-                self._send(index, wire.OutputFrame([], self._core.stats()))
+                self._send(index, wire.OutputFrame([], stats))
 
     def _send(self, index: int, message: wire.ToFrontend) -> None:
         client = self._clients[index]
@@ -230,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     watchdog.start()
     try:
         core, summary = build_engine(config, ModelConfig.from_dir(config.model))
-        server = EngineServer(core, directory, watchdog)
+        server = EngineServer(core, directory, watchdog, args.owner_pid)
     except Exception as error:
         if not isinstance(error, CharoniaError):
             logger.exception("the engine could not start")

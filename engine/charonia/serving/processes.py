@@ -25,6 +25,12 @@ def stat_fields(pid: int) -> list[str] | None:
         return None
 
 
+def parent_of(pid: int) -> int | None:
+    """Pid of a process's parent; None if there is no such process."""
+    fields = stat_fields(pid)
+    return None if fields is None else int(fields[1])
+
+
 def open_pidfd(pid: int) -> int | None:
     """A descriptor that becomes readable when the process ends; None if it has ended already."""
     try:

@@ -3,11 +3,12 @@
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from charonia.errors import ErrorCode
 from charonia.serving.engine_home import EngineDir, EngineState, EngineStatus
@@ -23,6 +24,9 @@ EXIT_STEP_HUNG = 4
 class Watchdog:
     """A thread beside the step loop. Ends the process when its owner has died, or when a step hangs.
 
+    With the owner, its children among the frontends are ended: the stubs of a server that was killed block for ever in
+    calls to it, with their interpreter's lock held, so that nothing inside them can.
+
     The status goes stale when the interpreter itself is stuck, so that observers notice that too.
     """
 
@@ -35,6 +39,7 @@ class Watchdog:
         self._step_started: float | None = None
         self._lock = threading.Lock()
         self._stopped = False
+        self._dependents: set[int] = set()
         self._owner_pidfd = open_pidfd(owner_pid)
         self._thread = threading.Thread(target=self._run, name="charonia-watchdog", daemon=True)
 
@@ -55,6 +60,20 @@ class Watchdog:
             self._status.error, self._status.error_code = message, code.value
         self.set_state("failed")
 
+    def note_requests(self, count: int) -> None:
+        """How many requests there are; goes out with the next beat."""
+        self._status.num_requests = count
+
+    def add_dependent(self, pidfd: int) -> None:
+        """A process that is to end with the owner."""
+        with self._lock:
+            self._dependents.add(pidfd)
+
+    def remove_dependent(self, pidfd: int) -> None:
+        """To be called before the descriptor is closed; without effect on others."""
+        with self._lock:
+            self._dependents.discard(pidfd)
+
     def stop(self) -> None:
         """Stop watching; the status stays as it is."""
         self._stopped = True
@@ -72,6 +91,7 @@ class Watchdog:
         while not self._stopped:
             if self._owner_pidfd is None or wait_for_exit(self._owner_pidfd, BEAT_INTERVAL_S):
                 logger.error("the owner process has died; the engine ends")
+                self._end_dependents()
                 os._exit(EXIT_OWNER_DIED)
             started = self._step_started
             if started is not None and time.monotonic() - started > self._step_timeout_s:
@@ -80,6 +100,12 @@ class Watchdog:
                 os._exit(EXIT_STEP_HUNG)
             if not self._stopped:
                 self._write()
+
+    def _end_dependents(self) -> None:
+        with self._lock:
+            for pidfd in self._dependents:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def _write(self) -> None:
         with self._lock:
