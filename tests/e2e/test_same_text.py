@@ -1,0 +1,180 @@
+"""One question, one answer, whichever client asks: text, token ids, reasons, counts, log-probabilities."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from charonia import LLM, SamplingParams
+from charonia_client import AsyncCharoniaClient, CharoniaClient, GenerateResult, StreamChunk
+from support.answers import (
+    Answer,
+    Ask,
+    assert_same,
+    http_generate,
+    http_stream,
+    triton_aio,
+    triton_grpc,
+)
+from support.prompts import CHATS, TEXTS
+from support.served import Served
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+GREEDY = {"temperature": 0.0, "max_tokens": 16}
+ASKS = {
+    "one word": Ask(GREEDY, text=TEXTS["one word"]),
+    "code": Ask(GREEDY, text=TEXTS["python class"]),
+    "emoji": Ask(GREEDY, text=TEXTS["emoji"]),
+    "chinese": Ask(GREEDY, text=TEXTS["chinese"]),
+    "hindi": Ask(GREEDY, text=TEXTS["hindi"]),
+    "to the end": Ask({"temperature": 0, "max_tokens": 40}, messages=CHATS["chat of several turns"]),
+    "chat": Ask(GREEDY, messages=CHATS["chat with a system message"]),
+    "token ids": Ask(GREEDY, token_ids=[504, 3575, 282, 4649, 314]),
+    "stop string": Ask({**GREEDY, "stop": [" 8,", "never"]}, text=TEXTS["count"]),
+    "log-probabilities": Ask({**GREEDY, "logprobs": 2}, text=TEXTS["capital"]),
+    "two seeded sequences": Ask(
+        {"temperature": 0.8, "top_p": 0.9, "seed": 7, "n": 2, "max_tokens": 12}, text=TEXTS["name"]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(real_model: Path) -> dict[str, Answer]:
+    """What the offline engine says, asked one by one; its sums of log-probabilities need asking for them."""
+    answers = {}
+    with LLM(str(real_model), dtype="float32", max_num_seqs=4) as llm:
+        for name, ask in ASKS.items():
+            params = SamplingParams.from_mapping({"logprobs": 0, **ask.params})
+            if ask.messages is not None:
+                (output,) = llm.chat(ask.messages, params, use_tqdm=False)
+            else:
+                (output,) = llm.generate(ask.text or list(ask.token_ids or ()), params, use_tqdm=False)
+            answer = answers[name] = Answer.of_llm(output)
+            if "logprobs" not in ask.params:
+                answer.logprobs = [None] * len(answer.texts)
+    return answers
+
+
+def assert_all_same(got: dict[str, Answer], expected: dict[str, Answer]) -> None:
+    assert list(got) == list(ASKS)
+    for name, answer in got.items():
+        assert_same(answer, expected[name])
+
+
+def test_the_questions_show_what_they_are_meant_to(expected: dict[str, Answer]) -> None:
+    assert expected["stop string"].finish_reasons == ["stop"]
+    assert expected["stop string"].texts == [" 6, 7,"]
+    assert expected["to the end"].finish_reasons == ["stop"]
+    assert expected["code"].finish_reasons == ["length"]
+    assert len(set(expected["two seeded sequences"].texts)) == 2
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_tritonclient_grpc(real: Served, expected: dict[str, Answer], stream: bool) -> None:
+    assert_all_same(triton_grpc(real.grpc_url, ASKS, stream=stream), expected)
+
+
+async def test_tritonclient_grpc_aio(real: Served, expected: dict[str, Answer]) -> None:
+    assert_all_same(await triton_aio(real.grpc_url, ASKS), expected)
+
+
+def test_http_generate(real: Served, expected: dict[str, Answer]) -> None:
+    assert_all_same(http_generate(real.http_url, ASKS), expected)
+
+
+def test_http_generate_stream(real: Served, expected: dict[str, Answer]) -> None:
+    assert_all_same(http_stream(real.http_url, ASKS), expected)
+
+
+# ---- our own client ----
+
+RETURNS = {"return_token_ids": True, "return_timings": True, "return_cumulative_logprob": True}
+
+
+def of_result(result: GenerateResult) -> Answer:
+    """A client's result in the common form."""
+    assert result.usage is not None and result.timings is not None
+    ids = [list(sequence.token_ids or ()) for sequence in result.sequences]
+    assert result.usage.num_output_tokens == sum(map(len, ids))
+    assert 0 < (result.timings.first_token_s or 0) <= (result.timings.total_s or 0)
+    return Answer(
+        [sequence.text for sequence in result.sequences],
+        [str(sequence.finish_reason) for sequence in result.sequences],
+        result.usage.num_input_tokens,
+        ids,
+        [float(sequence.cumulative_logprob or 0.0) for sequence in result.sequences],
+        [
+            None
+            if sequence.logprobs is None
+            else [
+                {
+                    str(token): {"logprob": e.logprob, "rank": e.rank, "decoded_token": e.decoded_token}
+                    for token, e in position.items()
+                }
+                for position in sequence.logprobs
+            ]
+            for sequence in result.sequences
+        ],
+    )
+
+
+def address(served: Served, protocol: str) -> str:
+    return served.grpc_url if protocol == "grpc" else served.http_url
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_our_client(real: Served, expected: dict[str, Answer], protocol: str) -> None:
+    with CharoniaClient(address(real, protocol)) as client:
+        for name, ask in ASKS.items():
+            options = {**ask.params, **RETURNS}
+            if ask.messages is not None:
+                whole = client.chat(ask.messages, **options)
+                chunks = list(client.chat(ask.messages, stream=True, **options))
+            else:
+                whole = client.generate(ask.text, token_ids=ask.token_ids, **options)
+                chunks = list(client.stream(ask.text, token_ids=ask.token_ids, **options))
+            assert_same(of_result(whole), expected[name])
+            assert_same(of_result(GenerateResult.from_chunks(chunks)), expected[name])
+        assert len(chunks) > 1
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_our_asyncio_client_all_at_once(
+    real: Served, expected: dict[str, Answer], protocol: str
+) -> None:
+    async with AsyncCharoniaClient(address(real, protocol)) as client:
+
+        async def stream(ask: Ask) -> list[StreamChunk]:
+            options = {**ask.params, **RETURNS}
+            if ask.messages is not None:
+                return [chunk async for chunk in client.chat(ask.messages, stream=True, **options)]
+            return [c async for c in client.stream(ask.text, token_ids=ask.token_ids, **options)]
+
+        answers = await asyncio.gather(*(stream(ask) for ask in ASKS.values()))
+    for name, chunks in zip(ASKS, answers, strict=True):
+        assert_same(of_result(GenerateResult.from_chunks(chunks)), expected[name])
+
+
+def test_command_line(real: Served, expected: dict[str, Answer]) -> None:
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "charonia_client", *arguments, "--temperature=0", "--max-tokens=16"]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+    printed = json.loads(run("generate", "--json", f"--url={real.grpc_url}", TEXTS["emoji"]))
+    (sequence,) = printed["sequences"]
+    assert [sequence["text"]] == expected["emoji"].texts
+    assert [sequence["token_ids"]] == expected["emoji"].token_ids
+    assert run("stream", f"--url={real.http_url}", TEXTS["chinese"]) == expected["chinese"].texts[0] + "\n"
+
+
+@pytest.mark.parametrize("exclude", [None, False])
+def test_the_prompt_is_echoed(real: Served, expected: dict[str, Answer], exclude: bool | None) -> None:
+    body = {"text_input": TEXTS["hindi"], **GREEDY}
+    if exclude is not None:
+        body["exclude_input_in_output"] = exclude
+    answer = httpx.post(f"{real.http_url}/v2/models/llm/generate", json=body, timeout=120).json()
+    assert answer["text_output"] == TEXTS["hindi"] + expected["hindi"].texts[0]
