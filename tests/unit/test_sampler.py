@@ -159,9 +159,7 @@ def test_filters_on_a_peaked_distribution(filters: dict[str, Any]) -> None:
     assert (error <= 5.0 * np.sqrt(probs[likely] / 2000)).all()
 
 
-@pytest.mark.parametrize(
-    "filters", [{"top_p": 0.9}, {"top_p": 0.5}, {"top_k": 9000}, {"min_p": 0.5, "top_p": 0.9}], ids=str
-)
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 9000}, {"min_p": 0.5, "top_p": 0.9}], ids=str)
 def test_filters_over_large_vocabularies(filters: dict[str, Any]) -> None:
     """More tokens stay than are looked at first, and next."""
     vocab = 12_000
@@ -234,6 +232,18 @@ def test_ends_of_the_distribution(
         SamplingParams(min_p=0.1),
     ):
         assert Batch(vocab).add(params).sample(logits).tokens.item() == drawn % vocab
+
+
+def test_rounding_at_the_end_leads_to_no_excluded_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "charonia.worker.sampler.uniform", lambda seeds, _: np.full(len(seeds), 1.0 - 2.0**-53)
+    )
+    logits = gaussian(16, 1000)
+    logits[:, -40:] = -1e4
+    batch = Batch(1000)
+    for _ in range(16):
+        batch.add(SamplingParams())
+    assert batch.sample(logits).tokens.tolist() == [959] * 16
 
 
 # ---- greedy ----
