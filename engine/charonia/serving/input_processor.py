@@ -13,8 +13,6 @@ from charonia.serving.request import ChatInput, GenerationRequest
 from charonia.text import Tokenizer
 from charonia.text.chat import render_chat
 
-MAX_PROMPT_CHARS = 1 << 23
-
 
 class InputProcessor:
     """Turns requests into token ids and checks everything that a client can get wrong. Thread-safe.
@@ -47,16 +45,21 @@ class InputProcessor:
                 chat_template_kwargs=prompt.chat_template_kwargs,
             )
             # Templates write the special tokens themselves.
-            return text, self._check_text_ids(self.tokenizer.encode(text, add_special_tokens=False))
+            return text, self._encode(text, add_special_tokens=False)
         if isinstance(prompt, str):
-            if len(prompt) > MAX_PROMPT_CHARS:
-                raise InvalidRequestError(
-                    f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARS} are taken"
-                )
-            return prompt, self._check_text_ids(self.tokenizer.encode(prompt))
+            return prompt, self._encode(prompt, add_special_tokens=True)
         ids = self._check_length(list(prompt))
         self._check_ids("prompt token ids", ids)
         return None, ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # Seconds of tokenising are not spent on a text that cannot fit, whatever its tokens are.
+        if len(text) > self.max_model_len * self.tokenizer.max_chars_per_token:
+            raise InvalidRequestError(
+                f"the prompt has {len(text)} characters, more than the context length of {self.max_model_len} tokens "
+                f"can hold"
+            )
+        return self._check_text_ids(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def expand(
         self, request: GenerationRequest, token_ids: list[int], first_id: int = 0

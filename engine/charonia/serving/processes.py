@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BLOCK_BYTES = 1 << 20
 
 
 def is_alive(pid: int) -> bool:
@@ -53,6 +55,18 @@ def die_with_parent(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def return_large_blocks() -> None:
+    """Have the C library return large blocks of memory to the system as soon as they are freed.
+
+    Left alone, glibc raises its threshold for that as large blocks come and go, and a process that tokenises a huge
+    prompt now and then ends up holding the worst of each thread. Other C libraries have no such knob.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def python_executable() -> str:

@@ -42,6 +42,8 @@ class Tokenizer:
         )
         self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         """One more than the greatest token id, added tokens included."""
+        self.max_chars_per_token: int = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
+        """No token stands for more characters of a text than this; it may be more than any does."""
         self.codec: TokenCodec | None = token_codec(backend, self.special_ids)
         """How tokens decode one by one; None for the rare decoders that look at their neighbours."""
         self._decoded_tokens: dict[int, str] = {}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from charonia.errors import CharoniaError, EngineDeadError, ErrorCode, InvalidRequestError
+from charonia.serving.processes import return_large_blocks
 from charonia.triton.cancellation import CancellationSweeper
 from charonia.triton.engine import ConnectEngine, EngineClient
 from charonia.triton.health import DrainGuard, ServerExit
@@ -38,6 +39,7 @@ class TritonBackend:
         """
         utils = TritonUtils.load()
         utils.check_numpy()
+        return_large_blocks()
         instance = InstanceInfo.from_args(args)
         options = BackendOptions.from_parameters(instance.parameters)
         config = read_engine_config(instance, default_model)
