@@ -16,7 +16,7 @@ from support.tiny_models import TINY_MODELS, save_tiny_model, tiny_model
 pytestmark = pytest.mark.timeout(900)  # the first run computes what it is compared with
 
 NUM_TOKENS = 16
-CLEAR_MARGIN = 2e-4
+CLEAR_MARGIN = 5e-4
 """Logits of two correct fp32 implementations differ by less; a smaller margin would decide nothing."""
 
 

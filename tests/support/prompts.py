@@ -37,7 +37,7 @@ TEXTS: dict[str, str] = {
     "latex": "\\begin{equation}\n  E = m c^2\n\\end{equation}\nwhere $E$ is",
     "german": "Der schnelle braune Fuchs springt über den",
     "french": "Il était une fois une princesse qui",
-    "spanish": "¿Cómo estás? Estoy muy",
+    "spanish": "En un lugar de la Mancha, de cuyo nombre",
     "russian": "Москва является столицей",
     "greek": "Η Αθήνα είναι η πρωτεύουσα",
     "chinese": "中国的首都是",
@@ -70,7 +70,7 @@ LONG: dict[str, tuple[str, int]] = {
     "page of 130 tokens": ("assert", 130),
     "page of 257 tokens": ("assignment", 257),
     "page of 600 tokens": ("formatstrings", 600),
-    "page of 2,000 tokens": ("specialnames", 2000),
+    "page of 2,000 tokens": ("typesseq", 2000),
 }
 """Topic of Python's built-in documentation, and how many tokens of it."""
 
