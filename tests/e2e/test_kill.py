@@ -28,11 +28,20 @@ BACK_WITHIN_S = 120.0
 EXIT_TIMEOUT_S = 30
 
 
+FLAGS = (*TINY_FLAGS, "--instances=2", f"--exit-timeout={EXIT_TIMEOUT_S}")
+
+
+@pytest.fixture(scope="module")
+def phoenix(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Served]:
+    """A service that every test brings down and that must have come back for the next."""
+    with serving(tmp_path_factory.mktemp("phoenix"), str(tiny_model), *FLAGS) as served:
+        yield served
+
+
 @pytest.fixture
-def tiny(tmp_path: Path, tiny_model: Path) -> Iterator[Served]:
-    """Two instances of a tiny random model, for one test to ill-treat."""
-    flags = (*TINY_FLAGS, "--instances=2", f"--exit-timeout={EXIT_TIMEOUT_S}")
-    with serving(tmp_path, str(tiny_model), *flags) as served:
+def mortal(tmp_path: Path, tiny_model: Path) -> Iterator[Served]:
+    """A service that one test may end."""
+    with serving(tmp_path, str(tiny_model), *FLAGS) as served:
         yield served
 
 
@@ -78,61 +87,61 @@ def assert_all_told(streams: list[LiveStream], since: float) -> None:
     assert all(stream.error is not None for stream in streams)
 
 
-def test_killed_engine(tiny: Served) -> None:
+def test_killed_engine(phoenix: Served) -> None:
     """Its frontends start another; the server and the stubs stay."""
     for number in (1, 2):
-        before = tiny.pids()
-        with live_streams(tiny) as streams:
+        before = phoenix.pids()
+        with live_streams(phoenix) as streams:
             killed_at = time.monotonic()
             os.kill(before["engine"], signal.SIGKILL)
             assert_all_told(streams, killed_at)
         assert {type(stream.error).__name__ for stream in streams} == {"ModelNotReadyError"}
-        assert tiny.says(rf"engine \(process {before['engine']}\) died")
-        assert tiny.says(rf"engine runs again, as process \d+ \(restart {number}\)", BACK_WITHIN_S)
-        assert eventually(tiny.is_serving, BACK_WITHIN_S), tiny.everything()
-        after = tiny.pids()
+        assert phoenix.says(rf"engine \(process {before['engine']}\) died")
+        assert phoenix.says(rf"engine runs again, as process \d+ \(restart {number}\)", BACK_WITHIN_S)
+        assert eventually(phoenix.is_serving, BACK_WITHIN_S), phoenix.everything()
+        after = phoenix.pids()
         assert after.pop("engine") != before.pop("engine") and after == before
-        tiny.wait_idle()
+        phoenix.wait_idle()
 
 
 @pytest.mark.parametrize("part", ["stub 0", "server"])
-def test_killed_stub_or_server(tiny: Served, part: str) -> None:
+def test_killed_stub_or_server(phoenix: Served, part: str) -> None:
     """Everything is cleared away and started anew."""
-    before = tiny.pids()
-    with live_streams(tiny) as streams:
+    before = phoenix.pids()
+    with live_streams(phoenix) as streams:
         killed_at = time.monotonic()
         os.kill(before[part], signal.SIGKILL)
         assert_all_told(streams, killed_at)
-    assert tiny.says(rf"process {before[part]}\).* was ended by SIGKILL.*restarting in 1 s")
+    assert phoenix.says(rf"process {before[part]}\).* was ended by SIGKILL.*restarting in \d s")
     assert not any(map(is_running, before.values()))
-    assert tiny.says("ready again", BACK_WITHIN_S)
-    assert tiny.is_serving()
-    assert not set(tiny.pids().values()) & set(before.values())
-    shared_memory = [name for name in leftovers(tiny.process.pid) if name.startswith("/dev/shm")]
+    assert phoenix.says("ready again", BACK_WITHIN_S)
+    assert phoenix.is_serving()
+    assert not set(phoenix.pids().values()) & set(before.values())
+    shared_memory = [name for name in leftovers(phoenix.process.pid) if name.startswith("/dev/shm")]
     assert len(shared_memory) <= len(before), shared_memory
 
 
-def test_hung_engine(tiny: Served) -> None:
+def test_hung_engine(phoenix: Served) -> None:
     """Its frontends miss its beats for a quarter of a minute, and then end it and start another."""
-    before = tiny.pids()
-    with live_streams(tiny, 1) as streams:
+    before = phoenix.pids()
+    with live_streams(phoenix, 1) as streams:
         os.kill(before["engine"], signal.SIGSTOP)
         assert_all_told(streams, time.monotonic() + HANG_NOTICED_WITHIN_S)
     assert {type(stream.error).__name__ for stream in streams} == {"ModelNotReadyError"}
-    assert eventually(tiny.is_serving, BACK_WITHIN_S), tiny.everything()
-    after = tiny.pids()
+    assert eventually(phoenix.is_serving, BACK_WITHIN_S), phoenix.everything()
+    after = phoenix.pids()
     assert not is_running(before.pop("engine")) and after.pop("engine")
     assert after == before
 
 
-def test_stop_lets_streams_finish(tiny: Served) -> None:
+def test_stop_lets_streams_finish(mortal: Served) -> None:
     """However long their clients keep the connection afterwards."""
-    launcher, ports = tiny.process.pid, (tiny.http_port, tiny.grpc_port, tiny.metrics_port)
-    with CharoniaClient(tiny.grpc_url) as grpc, CharoniaClient(tiny.http_url) as http:
+    launcher, ports = mortal.process.pid, (mortal.http_port, mortal.grpc_port, mortal.metrics_port)
+    with CharoniaClient(mortal.grpc_url) as grpc, CharoniaClient(mortal.http_url) as http:
         streams = [LiveStream(client, max_tokens=400) for client in (grpc, http)]
         stopped_at = time.monotonic()
-        tiny.process.terminate()
-        assert tiny.process.wait(60) == 0
+        mortal.process.terminate()
+        assert mortal.process.wait(60) == 0
         # The clients keep their idle connections; the exit timeout is what waiting for these would take.
         assert time.monotonic() - stopped_at < EXIT_TIMEOUT_S
     for stream in streams:
@@ -143,21 +152,21 @@ def test_stop_lets_streams_finish(tiny: Served) -> None:
         assert not is_listening(port)
 
 
-def test_second_interrupt_ends_everything(tiny: Served) -> None:
-    with live_streams(tiny) as streams:
-        tiny.process.send_signal(signal.SIGINT)
-        assert tiny.says("ask again to end them")
+def test_second_interrupt_ends_everything(mortal: Served) -> None:
+    with live_streams(mortal) as streams:
+        mortal.process.send_signal(signal.SIGINT)
+        assert mortal.says("ask again to end them")
         time.sleep(0.6)  # sooner, it would pass for the same Ctrl-C
         assert all(stream.is_alive() for stream in streams)
-        tiny.process.send_signal(signal.SIGINT)
-        assert tiny.process.wait(10) == 0
+        mortal.process.send_signal(signal.SIGINT)
+        assert mortal.process.wait(10) == 0
         assert_all_told(streams, time.monotonic())
-    assert leftovers(tiny.process.pid) == []
+    assert leftovers(mortal.process.pid) == []
 
 
 def test_killed_supervisor(tiny_model: Path, tmp_path: Path) -> None:
     """Nothing goes on running, stubs that are sending included; the next start clears away the files."""
-    served = Served(tmp_path, str(tiny_model), *TINY_FLAGS, "--instances=2")
+    served = Served(tmp_path, str(tiny_model), *FLAGS)
     served.wait_ready()
     pids = served.pids()
     with live_streams(served) as streams:

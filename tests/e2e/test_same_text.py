@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from charonia import LLM, SamplingParams
-from charonia_client import AsyncCharoniaClient, CharoniaClient, GenerateResult, StreamChunk
+from charonia_client import AsyncCharoniaClient, CharoniaClient, GenerateResult, ResponseStream, StreamChunk
 from support.answers import (
     Answer,
     Ask,
@@ -129,17 +129,20 @@ def address(served: Served, protocol: str) -> str:
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_our_client(real: Served, expected: dict[str, Answer], protocol: str) -> None:
     with CharoniaClient(address(real, protocol)) as client:
-        for name, ask in ASKS.items():
+
+        def stream(ask: Ask) -> ResponseStream:
             options = {**ask.params, **RETURNS}
             if ask.messages is not None:
-                whole = client.chat(ask.messages, **options)
-                chunks = list(client.chat(ask.messages, stream=True, **options))
-            else:
-                whole = client.generate(ask.text, token_ids=ask.token_ids, **options)
-                chunks = list(client.stream(ask.text, token_ids=ask.token_ids, **options))
-            assert_same(of_result(whole), expected[name])
-            assert_same(of_result(GenerateResult.from_chunks(chunks)), expected[name])
-        assert len(chunks) > 1
+                return client.chat(ask.messages, stream=True, **options)
+            return client.stream(ask.text, token_ids=ask.token_ids, **options)
+
+        streams = {name: stream(ask) for name, ask in ASKS.items()}  # all are on their way before any is read
+        answers = {name: of_result(GenerateResult.from_chunks(s)) for name, s in streams.items()}
+        assert_all_same(answers, expected)
+        chat, text = ASKS["chat"], ASKS["log-probabilities"]
+        assert_same(of_result(client.chat(chat.messages, **chat.params, **RETURNS)), expected["chat"])
+        whole = client.generate(text.text, **text.params, **RETURNS)
+        assert_same(of_result(whole), expected["log-probabilities"])
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

@@ -390,7 +390,10 @@ async def http_wrong_path(target: Target, rng: random.Random) -> None:
     paths = ["/v2/models/none/generate", "/v2/models/llm/versions/9/generate", "/v2/models/llm/generat",
              "/v2/models/llm/infer", "/v2/models/" + "x" * 5000 + "/generate", "/v2/models/%00/generate",
              "/v2/models/llm%2f..%2f/generate"]  # fmt: skip
-    response = await target.http.post(rng.choice(paths), json={"text_input": "a"})
+    try:
+        response = await target.http.post(rng.choice(paths), json={"text_input": "a"})
+    except httpx.RemoteProtocolError:
+        return  # the server may also hang up
     assert response.status_code >= 400
 
 

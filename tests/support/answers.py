@@ -3,7 +3,8 @@
 import asyncio
 import json
 import queue
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,30 +210,36 @@ def _from_json(body: str) -> dict[str, list[Any]]:
     return {name: value if isinstance(value, list) else [value] for name, value in outputs.items()}
 
 
+def _each(asks: Mapping[str, Ask], run: Callable[[Ask], Answer]) -> dict[str, Answer]:
+    """All at once, each on a thread of its own."""
+    with ThreadPoolExecutor(len(asks)) as pool:
+        return dict(zip(asks, pool.map(run, asks.values()), strict=True))
+
+
 def http_generate(url: str, asks: Mapping[str, Ask]) -> dict[str, Answer]:
-    """One after the other through `/generate`, the sampling parameters at the top level."""
-    answers = {}
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
-        for name, ask in asks.items():
-            body = ask.inputs(stream=False)
-            if all(isinstance(value, str | int | float) for value in ask.params.values()):
-                del body["sampling_parameters"]
-                body |= ask.params
-            response = client.post("/v2/models/llm/generate", json=body)
-            assert response.status_code == 200, response.text
-            answers[name] = Answer.of_responses([_from_json(response.text)])
-    return answers
+    """Through `/generate`, the sampling parameters at the top level where they are scalars."""
+
+    def run(ask: Ask) -> Answer:
+        body = ask.inputs(stream=False)
+        if all(isinstance(value, str | int | float) for value in ask.params.values()):
+            del body["sampling_parameters"]
+            body |= ask.params
+        response = httpx.post(f"{url}/v2/models/llm/generate", json=body, timeout=TIMEOUT_S)
+        assert response.status_code == 200, response.text
+        return Answer.of_responses([_from_json(response.text)])
+
+    return _each(asks, run)
 
 
 def http_stream(url: str, asks: Mapping[str, Ask]) -> dict[str, Answer]:
-    """One after the other through `/generate_stream` (server-sent events)."""
-    answers = {}
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
-        for name, ask in asks.items():
-            body = ask.inputs(stream=True)
-            with client.stream("POST", "/v2/models/llm/generate_stream", json=body) as response:
-                assert response.headers["content-type"].startswith("text/event-stream")
-                events = response.read().decode().split("\n\n")
-            assert events.pop() == "" and all(event.startswith("data: ") for event in events)
-            answers[name] = Answer.of_responses([_from_json(event[6:]) for event in events])
-    return answers
+    """Through `/generate_stream` (server-sent events)."""
+
+    def run(ask: Ask) -> Answer:
+        body = ask.inputs(stream=True)
+        response = httpx.post(f"{url}/v2/models/llm/generate_stream", json=body, timeout=TIMEOUT_S)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *events, end = response.text.split("\n\n")
+        assert end == "" and all(event.startswith("data: ") for event in events)
+        return Answer.of_responses([_from_json(event.removeprefix("data: ")) for event in events])
+
+    return _each(asks, run)
