@@ -34,13 +34,13 @@ def single(seed: int = 0) -> Workload:
 
 
 def mixed(count: int = 32, seed: int = 1) -> Workload:
-    """Prompts of 16 to 384 tokens and 16 to 160 tokens to generate, log-uniform."""
+    """Prompts of 16 to 256 tokens and 16 to 96 tokens to generate, log-uniform."""
     rng = random.Random(seed)
 
     def draw(low: int, high: int) -> int:
         return round(low * (high / low) ** rng.random())
 
-    return [([rng.randrange(10, 40000) for _ in range(draw(16, 384))], draw(16, 160)) for _ in range(count)]
+    return [([rng.randrange(10, 40000) for _ in range(draw(16, 256))], draw(16, 96)) for _ in range(count)]
 
 
 def shared_prefix(count: int = 200, prefix: int = 1000, tail: int = 20, seed: int = 2) -> Workload:
