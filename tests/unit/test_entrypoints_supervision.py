@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from charonia.entrypoints.launch_error import LaunchError
 from charonia.entrypoints.supervisor import RestartBudget, RestartPolicy, StopRequest, Supervised, Supervisor
-from charonia.entrypoints.watch import EngineWatch, ReadyProbe, WatchLimits
+from charonia.entrypoints.watch import EngineWatch, IdleWatch, ReadyProbe, WatchLimits
 from charonia.serving.engine_home import EngineStatus
 from support.launch import eventually
 
@@ -117,6 +117,25 @@ class TestSupervisor:
         time.sleep(0.06)
         stop.ask()
         assert stop.hurry
+
+
+def test_idle_watch(tmp_path: Path) -> None:
+    def write(beat: float, num_requests: int, state: Any = "ready") -> None:
+        status = EngineStatus(pid=1, state=state, generation=1, beat=beat, num_requests=num_requests)
+        (tmp_path / "engine.json").write_bytes(msgspec.json.encode(status))
+
+    watch, now = IdleWatch(tmp_path, idle_s=4), time.monotonic()
+    assert not watch.is_idle(now), "there is no engine"
+    write(now, 1)
+    assert not watch.is_idle(now)
+    write(now + 3, 0)
+    assert not watch.is_idle(now + 60), "the engine has not beaten since"
+    write(now + 5, 0)
+    assert watch.is_idle(now + 5)
+    write(now + 6, 0, "draining")
+    assert not watch.is_idle(now + 6), "it leaves by itself"
+    write(now + 9, 0)
+    assert not watch.is_idle(now + 9)
 
 
 class TestEngineWatch:
