@@ -162,7 +162,7 @@ class FakeTriton:
     http_url: str
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeTriton]:
     """The real Triton server with the fake model."""
     from charonia.entrypoints.triton_server import TritonServer
