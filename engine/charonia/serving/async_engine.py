@@ -76,6 +76,8 @@ class AsyncEngine:
         self._owner_pid = owner_pid
         self._commands: Mailbox[_Submit | _Abort | _Shutdown] = Mailbox()
         self._live: dict[int, RequestHandle] = {}
+        self._gate = threading.Lock()
+        """Held to submit and to become not ready, so that what ends all requests misses none."""
         self._ready = False
         self._why_not_ready = "the engine is starting"
         self._closing = False
@@ -135,8 +137,9 @@ class AsyncEngine:
         engine_requests = self._inputs.expand(request, token_ids)
         live = LiveRequest(request, prompt, token_ids, self._inputs.tokenizer, self._inputs.eos_token_ids)
         handle = RequestHandle(live, sink, engine_requests)
-        self._check_ready()
-        self._commands.put(_Submit(handle))
+        with self._gate:
+            self._check_ready()
+            self._commands.put(_Submit(handle))
         return handle
 
     def abort(self, handle: RequestHandle) -> None:
@@ -229,7 +232,8 @@ class AsyncEngine:
         return self._closing
 
     def _set_ready(self, ready: bool) -> None:
-        self._ready = ready
+        with self._gate:
+            self._ready = ready
         if ready and not self._first_ready.done():
             self._first_ready.set_result(None)
 
@@ -240,7 +244,8 @@ class AsyncEngine:
             self._first_ready.set_exception(EngineDeadError(reason))
 
     def _lose_engine(self, error: CharoniaError) -> None:
-        """End every live request, those not yet sent included."""
+        """End every live request, those not yet sent included; none is taken from here on."""
+        self._set_ready(False)
         handles = {id(handle): handle for handle in self._live.values()}
         self._live.clear()
         for command in self._commands.take():
