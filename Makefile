@@ -23,7 +23,7 @@ help: ## List the targets and the settings
 	@echo '  PYTHON=path            the Python 3.11 or 3.12 to build .venv with (default: the first that works on PATH)'
 	@echo '  TORCH_INDEX=url        an extra package index that has the torch build to use, such as the CPU-only ones'
 	@echo '  MODEL=directory        serve: a Hugging Face model directory (default: SmolLM2-135M-Instruct)'
-	@echo '  HTTP_PORT=$(HTTP_PORT) GRPC_PORT=$(GRPC_PORT) METRICS_PORT=$(METRICS_PORT)   serve, demo: where the server listens'
+	@echo '  HTTP_PORT=$(HTTP_PORT) GRPC_PORT=$(GRPC_PORT) METRICS_PORT=$(METRICS_PORT)   where the server listens (demo: HTTP_PORT alone)'
 	@echo '  ARGS="..."             serve, demo, test, bench: further arguments of the command'
 
 setup: ## Make or update .venv (at once when nothing changed)
@@ -37,7 +37,7 @@ serve: $(if $(MODEL),setup,model) ## Serve a model in the real Triton server; Ct
 	    --metrics-port $(METRICS_PORT) $(ARGS)
 
 demo: model ## Stream a chat answer to the terminal, starting the server when none runs
-	@exec $(BIN)/charonia demo --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(ARGS)
+	@exec $(BIN)/charonia demo --http-port $(HTTP_PORT) $(ARGS)
 
 test: model ## Run the tests (ARGS="-k scheduler" for some of them)
 	@$(BIN)/python -m pytest $(ARGS)
