@@ -62,12 +62,6 @@ class EngineDeadError(CharoniaError):
     code = ErrorCode.UNAVAILABLE
 
 
-class DeadlineExceededError(CharoniaError):
-    """The request's deadline passed before it finished."""
-
-    code = ErrorCode.CANCELLED
-
-
 class RequestCancelledError(CharoniaError):
     """The client cancelled the request."""
 
