@@ -10,6 +10,7 @@ from charonia.errors import ConfigError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+KVCacheDtype = Literal["auto", "fp8", "fp8_e4m3"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 GIB = 1 << 30
@@ -25,6 +26,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Directory of a Hugging Face checkpoint (config.json + safetensors)."""
     tokenizer: str | None = None
     """Directory of the tokenizer; the model's own by default."""
+    skip_tokenizer_init: bool = False
+    """Load no tokenizer: prompts must be token ids, and outputs have no text. For `LLM` only."""
     served_model_name: str | None = None
     dtype: Dtype = "auto"
     """Of weights and activations; `auto` is the checkpoint's (float16 becomes bfloat16 on a CPU)."""
@@ -48,20 +51,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     """Launch step N+1 before the tokens of step N are read."""
-    block_size: int = 16
-    """Tokens per KV-cache block."""
+    block_size: int | None = None
+    """Tokens per KV-cache block; by default 16 on a CPU and 64 on a GPU."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that weights, activations and KV cache may take together."""
     cpu_kv_cache_gib: float = 2.0
     """KV-cache budget on a CPU, in GiB; never more than a quarter of the machine's memory."""
     num_kv_blocks_override: int | None = None
     """Exact number of KV-cache blocks, instead of sizing by memory."""
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: KVCacheDtype = "auto"
+    """`auto` is the model's; `fp8` (e4m3, GPUs only) halves the cache."""
     tensor_parallel_size: int = 1
     quantization: None = None
     enable_lora: bool = False
     enforce_eager: bool = False
-    """Run without CUDA graphs."""
+    """Run without CUDA graphs: slower, but quicker to start and easier to debug."""
     seed: int = 0
     """Seeds dummy weights, and sampling of requests that bring no seed of their own."""
     cpu_threads: int | None = None
@@ -73,8 +77,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     disable_log_stats: bool = False
 
     def __post_init__(self) -> None:
-        positive = ("max_num_seqs", "block_size", "max_long_partial_prefills", "max_waiting_requests")
-        optional = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold",
+        positive = ("max_num_seqs", "max_long_partial_prefills", "max_waiting_requests")
+        optional = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold", "block_size",
                     "num_kv_blocks_override", "cpu_threads")  # fmt: skip
         for name in positive + optional:
             value = getattr(self, name)

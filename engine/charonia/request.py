@@ -30,7 +30,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     cache_salt: str = ""
 
 
-class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True):
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True, gc=False):
     """What one step brought for one request.
 
     logprobs: one entry a token of `token_ids`. prompt_logprobs: entries of prompt positions computed in this step, in
@@ -63,24 +63,35 @@ class Request:
 
     Invariant: `num_computed_tokens <= num_tokens`, where `num_tokens` counts known tokens plus those sampled by steps
     whose results have not been read yet. Progress is `num_computed_tokens` chasing `num_tokens`; there are no phases.
+
+    `schedule_from` and `update_from` let most decode steps pass with a comparison: below them, nothing can happen but
+    that one more token is computed, and that one more token comes.
     """
 
     __slots__ = (
-        "block_hashes", "block_ids", "data", "last_step_id", "num_cached_tokens", "num_computed_tokens",
-        "num_pending_tokens", "num_preemptions", "num_prompt_logprobs", "num_published_blocks", "order",
-        "row", "scheduled_time", "status", "stop_token_ids", "token_ids",
+        "admission", "block_hashes", "block_ids", "common_with", "data", "last_step_id", "max_num_tokens",
+        "num_cached_tokens", "num_common_blocks", "num_computed_tokens", "num_preemptions", "num_prompt_logprobs",
+        "num_prompt_tokens", "num_published_blocks", "num_tokens", "order", "request_id", "row", "schedule_from",
+        "scheduled_time", "status", "stop_token_ids", "token_ids", "update_from",
     )  # fmt: skip
+
+    row: int
+    """Its row on the device; holds while it runs."""
 
     def __init__(self, data: EngineRequest) -> None:
         self.data = data
+        self.request_id = data.request_id
         self.stop_token_ids = frozenset(data.stop_token_ids)
         self.token_ids: list[int] = list(data.prompt_token_ids)
+        """Known tokens."""
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_tokens = self.num_prompt_tokens
+        """Known tokens, and those sampled by launched steps whose results have not been read."""
+        self.max_num_tokens = self.num_prompt_tokens + data.max_tokens
+        """Known tokens at which the sequence ends by its length."""
         self.num_computed_tokens = 0
         """Tokens whose keys and values are computed, or will be once every launched step has run."""
-        self.num_pending_tokens = 0
-        """Tokens sampled by launched steps whose results have not been read."""
         self.status = RequestStatus.WAITING
-        self.row: int | None = None
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_published_blocks = 0
@@ -93,21 +104,20 @@ class Request:
         self.num_cached_tokens: int | None = None
         self.num_preemptions = 0
         self.scheduled_time: float | None = None
+        self.schedule_from = 0
+        """Computed tokens from which on a step may need a block, fill one, or be one too many."""
+        self.update_from = self.num_prompt_tokens + 1
+        """Known tokens from which on a new one may be the first, fill a block, or be the last."""
+        self.admission = -1
+        """Distinguishes stays in a row; block ids once shared stay shared throughout one."""
+        self.common_with = -1
+        """The stay (of another request, or its own) that `num_common_blocks` compares with."""
+        self.num_common_blocks = 0
 
     @property
-    def request_id(self) -> int:
-        """The engine-wide id."""
-        return self.data.request_id
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.data.prompt_token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Known tokens and those on their way."""
-        return len(self.token_ids) + self.num_pending_tokens
+    def num_pending_tokens(self) -> int:
+        """Tokens sampled by launched steps whose results have not been read."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,11 +1,13 @@
 """The offline API: what it takes, what it gives back, and what a refused, failed or interrupted call leaves behind."""
 
 import _thread
+import gc
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from charonia import LLM, SamplingParams
 from charonia.errors import CharoniaError, ConfigError, EngineDeadError, InvalidRequestError, ModelLoadError
@@ -34,6 +36,77 @@ def test_every_form_of_a_prompt(llm: LLM) -> None:
     assert len({tuple(output.outputs[0].token_ids) for output in [*alone, *together]}) == 1
     assert [output.prompt for output in together] == [PROMPT, PROMPT, None, None, None]
     assert all(output.prompt_token_ids == ids and output.finished for output in together)
+
+
+def test_arrays_of_token_ids(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PROMPT)
+    expected = tokens(generate(llm, [ids]))[0]
+    for dtype in (np.int32, np.int64, np.uint16):
+        array = np.array(ids, dtype)
+        assert tokens(generate(llm, array)) == [expected]
+        assert tokens(generate(llm, [array, {"prompt_token_ids": array}])) == [expected] * 2
+    together = generate(llm, np.array([ids, ids]))
+    assert tokens(together) == [expected] * 2 and together[0].prompt_token_ids == ids
+    for bad in (np.array(ids, np.float32), np.zeros((1, 1, 2), np.int64), np.array([49152])):
+        with pytest.raises(InvalidRequestError):
+            generate(llm, [bad])
+
+
+def test_tokens_are_the_same_without_text(llm: LLM) -> None:
+    """Sequences that need nothing but their tokens take a shorter way."""
+    prompts = [f"{i} green bottles" for i in range(20)]
+    bare = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, detokenize=False, seed=5)
+    shown = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=0, seed=5)
+    mixed = [bare if i % 3 else shown for i in range(20)]
+    outputs, expected = generate(llm, prompts, mixed), generate(llm, prompts, shown)
+    assert tokens(outputs) == tokens(expected)
+    for i, (output, full) in enumerate(zip(outputs, expected, strict=True)):
+        sequence = output.outputs[0]
+        assert sequence.text == ("" if i % 3 else full.outputs[0].text)
+        assert sequence.finish_reason == "length" and output.finished
+        assert 0.0 < output.timings.first_token <= output.timings.total
+
+
+def test_sequences_of_one_prompt_come_in_their_order(llm: LLM) -> None:
+    for detokenize in (True, False):
+        params = SamplingParams(n=5, temperature=1.0, seed=3, max_tokens=20, detokenize=detokenize)
+        output, again = generate(llm, ["a", "a"], params)
+        assert [sequence.index for sequence in output.outputs] == [0, 1, 2, 3, 4]
+        assert all(sequence.finish_reason is not None for sequence in output.outputs)
+        assert [s.token_ids for s in output.outputs] == [s.token_ids for s in again.outputs]
+        assert len({tuple(sequence.token_ids) for sequence in output.outputs}) > 1
+
+
+def test_without_a_tokenizer(tiny_dir: Path, tmp_path: Path, llm: LLM) -> None:
+    (tmp_path / "config.json").write_text((tiny_dir / "config.json").read_text())
+    settings = {"max_num_seqs": 12, "max_model_len": 400, "max_num_batched_tokens": 64, "cpu_threads": 2}
+    with LLM(
+        str(tmp_path), skip_tokenizer_init=True, load_format="dummy", dtype="float32", **settings
+    ) as bare:
+        params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True, logprobs=1, prompt_logprobs=0)
+        (output,), (expected,) = generate(bare, [[5, 6, 7]], params), generate(llm, [[5, 6, 7]], params)
+        assert output.outputs[0].text == "" and expected.outputs[0].text
+        assert tokens([output]) == tokens([expected])
+        logprobs = output.outputs[0].logprobs
+        assert logprobs is not None
+        assert all(found.decoded_token == "" for position in logprobs for found in position.values())
+        assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 3
+        for call in (
+            lambda: generate(bare, "text"),
+            lambda: generate(bare, [[5]], SamplingParams(bad_words=["x"])),
+            lambda: generate(bare, [[5]], SamplingParams(stop=["x"])),
+            lambda: bare.chat([{"role": "user", "content": "Hi"}], use_tqdm=False),
+            bare.get_tokenizer,
+        ):
+            with pytest.raises(InvalidRequestError):
+                call()
+        assert len(tokens(generate(bare, [[5]]))[0]) == 8
+
+
+def test_what_lives_while_the_model_does_is_not_collected(tiny_dir: Path) -> None:
+    with LLM(str(tiny_dir), load_format="dummy", dtype="float32", max_model_len=64, cpu_threads=1):
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
 
 
 def test_outputs_come_in_the_order_of_the_prompts(llm: LLM) -> None:

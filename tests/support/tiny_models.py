@@ -111,9 +111,25 @@ TINY_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 def tiny_model(name: str) -> PreTrainedModel:
     """The model in fp32, its weights fixed by the name; norms and biases are random too."""
+    return randomised(TINY_MODELS[name], sum(name.encode()))
+
+
+def gpu_shaped_model(architecture: str) -> PreTrainedModel:
+    """The same of sizes that the GPU's kernels know: heads of 64."""
+    shape = {"head_dim": 64, "num_hidden_layers": 2}
+    make = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma3": _gemma3}[architecture]
+    if architecture == "gemma3":
+        shape["layer_types"] = ["sliding_attention", "full_attention"]
+    if architecture == "qwen2":
+        shape = {"hidden_size": 256, "num_hidden_layers": 2}
+    return randomised(lambda: make(**shape), len(architecture))
+
+
+def randomised(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
+    """A model whose weights, norms and biases are random, fixed by the seed."""
     with torch.random.fork_rng():
-        torch.manual_seed(sum(name.encode()))
-        model = TINY_MODELS[name]().eval()
+        torch.manual_seed(seed)
+        model = make().eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

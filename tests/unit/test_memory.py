@@ -13,6 +13,7 @@ def size(max_model_len: int, available: int, **settings: int) -> KVCacheSize:
     return size_kv_cache(
         EngineConfig(model="m", **settings),
         max_model_len=max_model_len,
+        block_size=16,
         bytes_per_token=1024,
         available_bytes=available,
         budget_name="cpu_kv_cache_gib",

@@ -1,6 +1,6 @@
 """The scheduler, driven through random schedules with fabricated results by a device model that checks every plan."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from charonia.config import SchedulerConfig
@@ -66,10 +66,12 @@ class FakeDevice:
         for delta in plan.block_deltas:
             self.rows[delta.row].blocks.extend(delta.block_ids)
         scheduled = [item.row for item in plan.scheduled]
+        assert plan.num_sampled == sum(item.samples for item in plan.scheduled)
         assert len(set(scheduled)) == len(scheduled)
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
-        lengths = [item.num_tokens for item in plan.scheduled]
-        assert lengths == sorted(lengths, key=lambda n: n != 1), "single tokens come first"
+        assert [item.row for item in plan.scheduled[: len(plan.decode_rows)]] == plan.decode_rows
+        assert not any(chunk.num_tokens == 1 and chunk.samples for chunk in plan.chunks)
+        self._check_common_prefix(plan)
         self._write(plan)
         sampled, failed = [], []
         for item in plan.scheduled:
@@ -91,6 +93,13 @@ class FakeDevice:
         self.rows[new.row] = Row(
             list(new.token_ids), list(new.block_ids), new.num_computed_tokens, new.num_prompt_tokens
         )
+
+    def _check_common_prefix(self, plan: StepPlan) -> None:
+        count = plan.num_common_prefix_blocks
+        rows = [self.rows[item.row] for item in plan.scheduled]
+        assert count == 0 or len(rows) > 1
+        assert len({tuple(row.blocks[:count]) for row in rows}) == 1, "all rows begin with the same blocks"
+        assert all(row.computed >= count * self.config.block_size for row in rows), "and have computed them"
 
     def _write(self, plan: StepPlan) -> None:
         """All writes of a layer come before its reads, as on the device."""
@@ -314,6 +323,114 @@ def test_short_prompts_overtake_the_second_long_prefill() -> None:
     harness.step()
     assert 2 in harness.ends or harness.outputs[2] or harness.core.stats().num_running == 2
     harness.drain()
+
+
+def test_long_prompts_fill_the_budget_when_nothing_else_waits() -> None:
+    """20 prompts of 13 tokens, each of them long, with 16 tokens a step and one long prefill at a time."""
+    harness = Harness(config(num_blocks=200, max_num_seqs=20, max_num_batched_tokens=20))
+    for i in range(20):
+        harness.add(request(i, [i, *range(1, 13)], max_tokens=1))
+    harness.drain()
+    plans = harness.device.plans
+    assert [plan.num_tokens for plan in plans] == [20] * 13
+
+
+def test_short_prompts_come_before_further_long_ones() -> None:
+    harness = Harness(config(max_num_batched_tokens=20, num_blocks=100))
+    for i in range(3):
+        harness.add(request(i, [i] * 13, max_tokens=2))
+    harness.add(request(3, [9, 8, 7, 6], max_tokens=2))
+    harness.step()
+    # The first long prompt, then the short one, then what fits of the second long one.
+    assert [len(new.token_ids) for new in harness.device.plans[0].new_rows] == [13, 4, 13]
+    assert [chunk.num_tokens for chunk in harness.device.plans[0].chunks] == [13, 4, 3]
+    harness.drain()
+
+
+def test_prompts_at_the_threshold_are_not_long() -> None:
+    harness = Harness(config(max_num_batched_tokens=36, num_blocks=100, max_num_seqs=8))
+    for i in range(6):
+        harness.add(request(i, [i] * 12, max_tokens=1))
+    harness.drain()
+    assert [plan.num_tokens for plan in harness.device.plans] == [36, 36]
+
+
+def common_prefixes(harness: Harness) -> list[int]:
+    return [plan.num_common_prefix_blocks for plan in harness.device.plans]
+
+
+def test_rows_that_share_a_prefix() -> None:
+    harness = Harness(config(max_num_batched_tokens=64, long_prefill_token_threshold=64))
+    prompt = list(range(10, 21))  # two full blocks, and three tokens
+    for i in range(3):
+        harness.add(request(i, [*prompt, 30 + i], max_tokens=4, stop_token_ids=[]))
+    harness.drain()
+    # The first step computes the prefix; later ones only read it.
+    assert common_prefixes(harness) == [0, 2, 2, 2]
+
+
+def test_a_stranger_has_no_common_prefix() -> None:
+    harness = Harness(config(max_num_batched_tokens=64, long_prefill_token_threshold=64))
+    for i in range(2):
+        harness.add(request(i, [1, 2, 3, 4, 5, 6 + i], max_tokens=9, stop_token_ids=[]))
+    harness.add(request(2, [8, 9], max_tokens=5, stop_token_ids=[]))
+    harness.add(request(3, [1, 2, 3, 4, 9], max_tokens=3, stop_token_ids=[]))
+    harness.drain()
+    found = common_prefixes(harness)
+    assert set(found[:5]) == {0} and set(found[5:9]) == {1}
+
+
+def test_a_row_alone_has_no_common_prefix() -> None:
+    harness = Harness(config(max_num_batched_tokens=64))
+    harness.add(request(0, list(range(10)), max_tokens=4, stop_token_ids=[]))
+    harness.drain()
+    assert set(common_prefixes(harness)) == {0}
+
+
+def test_decoding_rows_are_plain_numbers() -> None:
+    harness = Harness(config(max_num_batched_tokens=64))
+    for i in range(3):
+        harness.add(request(i, [i, 5, 6], max_tokens=6, stop_token_ids=[]))
+    for _ in range(3):
+        harness.step()
+    first, *others = harness.device.plans
+    assert first.decode_rows == [] and [chunk.num_tokens for chunk in first.chunks] == [3, 3, 3]
+    for plan in others:
+        assert plan.decode_rows == [chunk.row for chunk in first.chunks] and plan.chunks == []
+        assert plan.num_tokens == plan.num_sampled == 3
+    harness.drain()
+
+
+def test_logprobs_of_one_row_leave_the_others_alone() -> None:
+    scheduler = Scheduler(config(lookahead=0))
+    for i in range(3):
+        scheduler.add(request(i, [i, 1, 2], max_tokens=3, stop_token_ids=[]))
+    seen: dict[int, list[tuple[int, float | None]]] = {0: [], 1: [], 2: []}
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert plan is not None
+        rows = [item.row for item in plan.scheduled if item.samples]
+        tokens = [10 + row for row in rows]
+        entry = TokenLogprobs([10 + rows[1]], [-0.5], 1)
+        scheduler.update(StepResult(plan.step_id, tokens, logprobs={rows[1]: entry}))
+        for delta in scheduler.take_deltas():
+            logprob = delta.logprobs[0].logprobs[0] if delta.logprobs else None
+            seen[delta.request_id].append((delta.token_ids[0], logprob))
+    assert [len(found) for found in seen.values()] == [3, 3, 3]
+    assert [set(found) for found in seen.values()] == [{(10, None)}, {(11, -0.5)}, {(12, None)}]
+
+
+def test_step_times_add_up() -> None:
+    harness = Harness(config())
+    harness.add(request(0, [1, 2, 3], max_tokens=4, stop_token_ids=[]))
+    harness.step()
+    harness.step()
+    before = replace(harness.core.times)
+    harness.drain()
+    times = harness.core.times.since(before)
+    assert times.steps == len(harness.device.plans) - 1
+    assert min(times.schedule, times.launch, times.wait, times.update) > 0.0
+    assert times.device == 0.0 and times.device_steps == 0
 
 
 def test_priority_preempts_for_a_row() -> None:

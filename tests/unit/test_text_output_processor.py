@@ -213,3 +213,46 @@ def test_merge() -> None:
     assert merged.logprobs == [{1: Logprob(-1.0, 1, "a")}, {2: Logprob(-2.0, 1, "b")}]
     assert (merged.finish_reason, merged.stop_reason) == (FinishReason.STOP, "x")
     assert merge(CompletionOutput(0, "a"), CompletionOutput(0, "b")).logprobs is None
+
+
+# ---- everything in the end ----
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20), st.integers(1, 4), st.booleans())
+def test_final_only_shows_the_same_in_the_end(text: str, size: int, with_stop: bool) -> None:
+    params = SamplingParams(stop=["ab"] if with_stop else [], logprobs=0)
+    token_ids = [*ids(text), *ids("z")]
+    groups = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
+    deltas = [
+        delta(
+            group,
+            logprobs=logprobs_of(group),
+            finish_reason=FinishReason.LENGTH if group is groups[-1] else None,
+        )
+        for group in groups
+    ]
+    sequence = SequenceProcessor(0, TOKENIZER, params, ids("prompt"), final_only=True)
+    shown = [output for output in map(sequence.push, deltas) if output is not None]
+    assert shown == [run(processor(params), deltas)]
+
+
+def test_plain_tokens_may_be_appended_directly() -> None:
+    sequence = SequenceProcessor(0, None, SamplingParams(detokenize=False), [1], final_only=True)
+    assert sequence.push(delta([5])) is None
+    plain = sequence.plain_token_ids
+    assert plain is not None
+    plain += [6, 7]
+    assert sequence.push(delta([8], finish_reason=FinishReason.LENGTH)) == CompletionOutput(
+        0, "", [5, 6, 7, 8], finish_reason=FinishReason.LENGTH
+    )
+
+
+def test_tokens_that_need_more_are_not_plain() -> None:
+    for params, final_only in (
+        (SamplingParams(detokenize=False, logprobs=0), True),
+        (SamplingParams(), True),
+        (SamplingParams(detokenize=False), False),
+    ):
+        sequence = SequenceProcessor(0, TOKENIZER, params, [1], final_only=final_only)
+        assert sequence.plain_token_ids is None

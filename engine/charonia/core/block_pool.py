@@ -1,73 +1,27 @@
 """KV-cache blocks: reference counts, and an O(1) LRU free list."""
 
+from collections import OrderedDict
+from collections.abc import Sequence
+
 from charonia.core.prefix_cache import BlockHash, PrefixCache
 
 NULL_BLOCK = 0
 """Block 0 belongs to nobody: padding rows read and write it."""
 
 
-class Block:
-    """One block of the KV cache. Free blocks are linked, least recently used first.
+class BlockPool:
+    """All blocks of one KV cache. A block is free when nobody references it.
 
-    A free block keeps its `hash`, and with it its place in the prefix cache, until it is taken for other content.
+    A free block keeps its hash, and with it its place in the prefix cache, until it is taken for other content.
     """
 
-    __slots__ = ("block_id", "hash", "next", "prev", "ref_count")
-
-    def __init__(self, block_id: int) -> None:
-        self.block_id = block_id
-        self.ref_count = 0
-        self.hash: BlockHash | None = None
-        self.prev: Block | None = None
-        self.next: Block | None = None
-
-
-class FreeList:
-    """Doubly linked list of free blocks between two sentinels; every operation is O(1)."""
-
-    def __init__(self) -> None:
-        self._head = Block(-1)
-        self._tail = Block(-1)
-        self._head.next = self._tail
-        self._tail.prev = self._head
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def append(self, block: Block) -> None:
-        """Add as most recently used."""
-        last = self._tail.prev
-        assert last is not None
-        last.next = block
-        block.prev, block.next = last, self._tail
-        self._tail.prev = block
-        self._size += 1
-
-    def remove(self, block: Block) -> None:
-        """Take a given block out."""
-        assert block.prev is not None and block.next is not None
-        block.prev.next, block.next.prev = block.next, block.prev
-        block.prev = block.next = None
-        self._size -= 1
-
-    def pop_oldest(self) -> Block:
-        """Take the least recently used block out; the list must not be empty."""
-        block = self._head.next
-        assert block is not None and block is not self._tail
-        self.remove(block)
-        return block
-
-
-class BlockPool:
-    """All blocks of one KV cache. A block is free when nobody references it."""
-
     def __init__(self, num_blocks: int) -> None:
-        self._blocks = [Block(i) for i in range(num_blocks)]
-        self._free = FreeList()
+        self.ref_counts = [0] * num_blocks
+        """References to each block; not to be changed from outside."""
+        self._hashes: list[BlockHash | None] = [None] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(NULL_BLOCK + 1, num_blocks))
+        """Free blocks, least recently used first."""
         self.prefix_cache = PrefixCache()
-        for block in self._blocks[NULL_BLOCK + 1 :]:
-            self._free.append(block)
 
     @property
     def num_free(self) -> int:
@@ -77,51 +31,51 @@ class BlockPool:
     @property
     def num_usable(self) -> int:
         """All blocks but the null block."""
-        return len(self._blocks) - 1
+        return len(self.ref_counts) - 1
 
     def take(self, count: int) -> list[int]:
         """Take `count <= num_free` blocks, evicting the least recently used from the prefix cache."""
-        taken: list[int] = []
-        for _ in range(count):
-            block = self._free.pop_oldest()
-            self._forget(block)
-            block.ref_count = 1
-            taken.append(block.block_id)
+        pop, ref_counts, hashes = self._free.popitem, self.ref_counts, self._hashes
+        taken = [pop(last=False)[0] for _ in range(count)]
+        for block_id in taken:
+            ref_counts[block_id] = 1
+            if hashes[block_id] is not None:
+                self._forget(block_id)
         return taken
 
     def is_free(self, block_id: int) -> bool:
         """Whether nobody references the block."""
-        return self._blocks[block_id].ref_count == 0
+        return self.ref_counts[block_id] == 0
 
-    def share(self, block_ids: list[int]) -> None:
+    def share(self, block_ids: Sequence[int]) -> None:
         """Take one more reference to each block of a cached prefix."""
         for block_id in block_ids:
-            block = self._blocks[block_id]
-            if block.ref_count == 0:
-                self._free.remove(block)
-            block.ref_count += 1
+            if self.ref_counts[block_id] == 0:
+                del self._free[block_id]
+            self.ref_counts[block_id] += 1
 
-    def release(self, block_ids: list[int]) -> None:
+    def release(self, block_ids: Sequence[int]) -> None:
         """Drop one reference to each block. The last of the list is evicted first: a prefix outlives its tail."""
+        ref_counts, free = self.ref_counts, self._free
         for block_id in reversed(block_ids):
-            block = self._blocks[block_id]
-            assert block.ref_count > 0, f"block {block_id} released twice"
-            block.ref_count -= 1
-            if block.ref_count == 0:
-                self._free.append(block)
+            count = ref_counts[block_id] - 1
+            assert count >= 0, f"block {block_id} released twice"
+            ref_counts[block_id] = count
+            if count == 0:
+                free[block_id] = None
 
     def publish(self, block_id: int, block_hash: BlockHash) -> None:
         """Make a full block findable. The first block with a given content wins."""
-        block = self._blocks[block_id]
-        if block.hash is None and self.prefix_cache.add(block_hash, block_id):
-            block.hash = block_hash
+        if self._hashes[block_id] is None and self.prefix_cache.add(block_hash, block_id):
+            self._hashes[block_id] = block_hash
 
-    def unpublish(self, block_ids: list[int]) -> None:
+    def unpublish(self, block_ids: Sequence[int]) -> None:
         """Hide blocks whose content is not to be trusted."""
         for block_id in block_ids:
-            self._forget(self._blocks[block_id])
+            self._forget(block_id)
 
-    def _forget(self, block: Block) -> None:
-        if block.hash is not None:
-            self.prefix_cache.discard(block.hash)
-            block.hash = None
+    def _forget(self, block_id: int) -> None:
+        block_hash = self._hashes[block_id]
+        if block_hash is not None:
+            self.prefix_cache.discard(block_hash)
+            self._hashes[block_id] = None

@@ -1,8 +1,8 @@
 """The step loop: schedule, launch, wait for the step before, update."""
 
-import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from time import perf_counter
 from typing import Protocol
 
 from charonia.core.scheduler import Scheduler
@@ -29,10 +29,26 @@ class Executor(Protocol):
         """Let launched steps end, and release the device."""
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    pending: PendingStep
-    launched_at: float
+@dataclass(slots=True)
+class StepTimes:
+    """Where the step loop's time went, in seconds summed over `steps` results.
+
+    wait: for results, while the device works. device: as far as the executor reports it; `device_steps` steps do.
+    """
+
+    steps: int = 0
+    schedule: float = 0.0
+    launch: float = 0.0
+    wait: float = 0.0
+    update: float = 0.0
+    device: float = 0.0
+    device_steps: int = 0
+
+    def since(self, before: "StepTimes") -> "StepTimes":
+        """What has been added since a copy was taken."""
+        return StepTimes(
+            *(getattr(self, field.name) - getattr(before, field.name) for field in fields(StepTimes))
+        )
 
 
 class EngineCore:
@@ -49,7 +65,8 @@ class EngineCore:
         self._scheduler = scheduler
         self._executor = executor
         self._lookahead = lookahead
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[tuple[PendingStep, float]] = deque()
+        self.times = StepTimes()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises `QueueFullError` or `InvalidRequestError`."""
@@ -68,15 +85,34 @@ class EngineCore:
 
     def step(self) -> list[TokenDelta]:
         """Launch the next step if there is one, read the oldest one in flight if it is due, and return what is new."""
+        times = self.times
+        begin = perf_counter()
         plan = self._scheduler.schedule()
+        now = perf_counter()
+        times.schedule += now - begin
         if plan is not None:
-            self._in_flight.append(_InFlight(self._executor.launch(plan), time.monotonic()))
+            begin, pending = now, self._executor.launch(plan)
+            now = perf_counter()
+            times.launch += now - begin
+            self._in_flight.append((pending, begin))
         if self._in_flight and (plan is None or len(self._in_flight) > self._lookahead):
-            step = self._in_flight.popleft()
-            result = step.pending.wait()
-            self._scheduler.add_step_time(time.monotonic() - step.launched_at)
-            self._scheduler.update(result)
+            self._read(now)
         return self._scheduler.take_deltas()
+
+    def _read(self, begin: float) -> None:
+        """Wait for the oldest step in flight, and update the requests."""
+        pending, launched_at = self._in_flight.popleft()
+        result = pending.wait()
+        now = perf_counter()
+        self._scheduler.add_step_time(now - launched_at)
+        self._scheduler.update(result)
+        times = self.times
+        times.steps += 1
+        times.wait += now - begin
+        times.update += perf_counter() - now
+        if result.device_seconds is not None:
+            times.device += result.device_seconds
+            times.device_steps += 1
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""

@@ -23,6 +23,7 @@ class KVManager:
         self._deferred: deque[tuple[int, list[int]]] = deque()
         self._num_deferred = 0
         self._completed_step = -1
+        self._next_admission = 0
         self.prefix_queries = 0
         """Prompt tokens looked up in the prefix cache."""
         self.prefix_hits = 0
@@ -64,11 +65,28 @@ class KVManager:
         """Free blocks that remain once the blocks of `prefix` are taken."""
         return self._pool.num_free - sum(self._pool.is_free(block_id) for block_id in prefix)
 
+    def next_event(self, request: Request) -> int:
+        """The number of computed tokens at which the request next fills a block, or needs one that it lacks."""
+        computed, size = request.num_computed_tokens, self._block_size
+        if computed == len(request.block_ids) * size:
+            return computed + 1
+        return (computed // size + 1) * size
+
+    def next_full_block(self, request: Request) -> int:
+        """The number of known tokens at which the request next fills a block."""
+        return (len(request.token_ids) // self._block_size + 1) * self._block_size
+
+    def num_sharers(self, block_id: int) -> int:
+        """How many requests hold the block, those included that have left while a step of theirs is in flight."""
+        return self._pool.ref_counts[block_id]
+
     def admit(self, request: Request, prefix: list[int]) -> None:
         """Start a request on its cached prefix."""
         self._pool.share(prefix)
         request.block_ids = list(prefix)
         request.num_computed_tokens = len(prefix) * self._block_size
+        request.admission, self._next_admission = self._next_admission, self._next_admission + 1
+        request.common_with = -1
         if request.num_preemptions == 0 and self._caching:
             self.prefix_queries += len(request.token_ids)
             self.prefix_hits += request.num_computed_tokens
@@ -114,6 +132,8 @@ class KVManager:
     def complete(self, step_id: int) -> None:
         """Note that every step up to `step_id` has completed on the device."""
         self._completed_step = step_id
+        if not self._deferred:
+            return
         # Steps complete in order, but requests are released in any order: look at all that wait, a handful at most.
         for _ in range(len(self._deferred)):
             last_step, blocks = self._deferred.popleft()

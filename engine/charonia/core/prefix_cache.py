@@ -34,12 +34,14 @@ class BlockHasher:
     ) -> None:
         """Append the hashes of all full blocks of `token_ids` that `hashes` does not hold yet."""
         size = self._block_size
-        if len(hashes) >= len(token_ids) // size:
+        begin, end = len(hashes) * size, len(token_ids) // size * size
+        if begin >= end:
             return
         parent = hashes[-1] if hashes else self._root(adapter, salt)
-        for start in range(len(hashes) * size, len(token_ids) - size + 1, size):
-            tokens = array("i", token_ids[start : start + size]).tobytes()
-            parent = blake2b(parent + tokens, digest_size=HASH_BYTES, key=self._key).digest()
+        data = array("i", token_ids[begin:end]).tobytes()
+        step, key = len(data) // (end - begin) * size, self._key
+        for start in range(0, len(data), step):
+            parent = blake2b(parent + data[start : start + step], digest_size=HASH_BYTES, key=key).digest()
             hashes.append(parent)
 
 

@@ -2,6 +2,7 @@
 
 import heapq
 from bisect import insort
+from collections.abc import Iterator
 
 from charonia.config import SchedulingPolicy
 from charonia.request import Request, RequestStatus
@@ -55,20 +56,24 @@ class RunningList:
     def __init__(self, policy: SchedulingPolicy) -> None:
         self._policy = policy
         self._items: list[Request] = []
+        self.version = 0
+        """Counts the changes."""
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def snapshot(self) -> list[Request]:
-        """The requests, in order; stays as it is when the list changes."""
-        return self._items.copy()
+    def __iter__(self) -> Iterator[Request]:
+        """The requests, in order. `last` may be removed meanwhile, nothing else."""
+        return iter(self._items)
 
     def add(self, request: Request) -> None:
         """Insert at the request's place."""
+        self.version += 1
         insort(self._items, request, key=lambda item: order_key(self._policy, item))
 
     def remove(self, request: Request) -> None:
         """Take a request out."""
+        self.version += 1
         self._items.remove(request)
 
     @property

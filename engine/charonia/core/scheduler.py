@@ -11,14 +11,15 @@ from collections import deque
 from collections.abc import Callable
 
 from charonia.config import SchedulerConfig
+from charonia.core.common_prefix import CommonPrefix
 from charonia.core.kv_manager import KVManager
 from charonia.core.queue import RunningList, WaitingQueue
+from charonia.core.results import ResultReader
 from charonia.core.stats import EngineStats
 from charonia.core.step import BlockDelta, NewRow, StepPlan, StepResult
-from charonia.core.step_builder import Launched, Share, StepBuilder
-from charonia.core.stopping import check_stop
+from charonia.core.step_builder import Launched, StepBuilder
 from charonia.errors import ErrorCode, InvalidRequestError, QueueFullError
-from charonia.outputs import FinishReason, TokenLogprobs
+from charonia.outputs import FinishReason
 from charonia.request import EngineRequest, Request, RequestStatus, TokenDelta
 
 MAX_SKIPPED_LONG_PROMPTS = 64
@@ -44,10 +45,11 @@ class Scheduler:
         self._freed_rows: list[int] = []
         self._deadlines: list[tuple[float, int]] = []
         self._launched: deque[Launched] = deque()
-        self._deltas: list[TokenDelta] = []
         self._next_step_id = 0
         self._next_order = 0
         self._stats = EngineStats(kv_blocks_total=self._kv.num_usable, block_size=config.block_size)
+        self._results = ResultReader(self._kv, self._stats, self._finish)
+        self._common_prefix = CommonPrefix(self._kv, config.block_size)
 
     # ---- requests ----
 
@@ -81,12 +83,12 @@ class Scheduler:
         """End a request in whatever state it is; unknown and finished ones are ignored."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._end_with_error(request, FinishReason.ABORT, message, code)
+            self._results.end_with_error(request, FinishReason.ABORT, message, code)
 
     @property
     def has_work(self) -> bool:
         """Whether anything is waiting, running or in flight."""
-        return bool(self._requests or self._launched or self._deltas)
+        return bool(self._requests or self._launched or self._results.has_deltas)
 
     @property
     def next_deadline(self) -> float | None:
@@ -97,8 +99,7 @@ class Scheduler:
 
     def take_deltas(self) -> list[TokenDelta]:
         """Outputs since the last call, in the order in which they came about."""
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        return self._results.take_deltas()
 
     def add_step_time(self, seconds: float) -> None:
         """Account for a step's time from launch to result."""
@@ -116,26 +117,25 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None when no request can advance before a result has come."""
-        self._expire()
+        if self._deadlines:
+            self._expire()
         if self._config.policy == "priority":
             self._yield_to_priority()
-        step = StepBuilder(self._next_step_id, self._config.max_num_batched_tokens)
+        budget = self._config.max_num_batched_tokens
+        step = StepBuilder(self._next_step_id, budget)
         preempted = self._stats.preemptions
         self._advance_running(step)
-        if self._stats.preemptions == preempted:
+        if self._stats.preemptions == preempted and step.budget > 0:
             self._admit_waiting(step)
-        shares = step.shares
-        if not shares:
+        if step.budget == budget:
             return None
         self._next_step_id += 1
-        self._launched.append(Launched(step.step_id, shares))
         freed, self._freed_rows = self._freed_rows, []
-        plan = StepPlan(
-            step.step_id, [share.item for share in shares], step.new_rows, step.block_deltas, freed
-        )
+        launched = step.finish(freed, self._common_prefix.num_blocks(step, self._running.version))
+        self._launched.append(launched)
         self._stats.steps += 1
-        self._stats.scheduled_tokens += plan.num_tokens
-        return plan
+        self._stats.scheduled_tokens += budget - step.budget
+        return launched.plan
 
     def _expire(self) -> None:
         now = self._clock()
@@ -143,30 +143,39 @@ class Scheduler:
             self.abort(heapq.heappop(self._deadlines)[1], "deadline exceeded")
 
     def _advance_running(self, step: StepBuilder) -> None:
-        # Single tokens first: a long prefill never takes the budget of a decode.
-        running = self._running.snapshot()
-        multi: list[Request] = []
-        for request in running:
-            wanted = self._wanted(request)
-            if wanted == 1:
+        # Single tokens first: a long prefill never takes the budget of a decode. There are no more rows than budget.
+        step_id, decodes, rows = step.step_id, step.decodes, step.decode_rows
+        num_counted, prefills = 0, []
+        for request in self._running:
+            computed = request.num_computed_tokens + 1
+            if computed != request.num_tokens:
+                prefills.append(request)
+            elif computed < request.schedule_from:
+                # The hot path, which leaves all but counting to the few steps that meet `schedule_from`.
+                request.num_computed_tokens = computed
+                request.num_tokens = computed + 1
+                request.last_step_id = step_id
+                decodes.append(request)
+                rows.append(request.row)
+                num_counted += 1
+            elif computed < request.max_num_tokens:
                 self._advance(step, request, 1)
-            elif wanted > 1:
-                multi.append(request)
-        for request in multi:
+        step.budget -= num_counted
+        for request in prefills:
             wanted = self._wanted(request)
-            if wanted > 0 and not self._overlong(step, wanted):
+            if self._overlong(step, wanted):
+                step.put_off.append(request)
+            elif wanted > 0:
                 self._advance(step, request, self._chunk(step, wanted))
 
     def _wanted(self, request: Request) -> int:
         """Tokens that the request could compute now: none once the tokens on their way are its last."""
-        if request.status is not RequestStatus.RUNNING:
-            return 0
-        if request.num_output_tokens + request.num_pending_tokens >= request.data.max_tokens:
+        if request.status is not RequestStatus.RUNNING or request.num_tokens >= request.max_num_tokens:
             return 0
         return request.num_tokens - request.num_computed_tokens
 
     def _overlong(self, step: StepBuilder, wanted: int) -> bool:
-        """Whether this would be one long prefill too many for the step."""
+        """Whether this would be one long prefill too many, as long as others may want the budget."""
         is_long = wanted > self._config.long_prefill_token_threshold
         return is_long and step.num_long >= self._config.max_long_partial_prefills
 
@@ -176,16 +185,20 @@ class Scheduler:
         return min(wanted, step.budget)
 
     def _advance(self, step: StepBuilder, request: Request, num_tokens: int) -> None:
-        if num_tokens <= 0 or step.budget < num_tokens:
+        if num_tokens <= 0:
             return
         blocks = self._grow(request, request.num_computed_tokens + num_tokens, step)
         if blocks is None:
             return
         if blocks:
-            assert request.row is not None
             step.block_deltas.append(BlockDelta(request.row, blocks))
+        self._move_on(step, request, num_tokens)
+
+    def _move_on(self, step: StepBuilder, request: Request, num_tokens: int) -> None:
+        """Let the step compute `num_tokens` tokens, whose blocks are there."""
         step.advance(request, num_tokens)
         self._kv.publish(request)
+        request.schedule_from = min(request.max_num_tokens, self._kv.next_event(request))
 
     def _grow(self, request: Request, num_tokens: int, step: StepBuilder) -> list[int] | None:
         """Blocks for the request, preempting later ones if need be; None if it must wait or was preempted itself."""
@@ -208,17 +221,16 @@ class Scheduler:
         self._waiting.push(request)
 
     def _leave_row(self, request: Request) -> None:
-        assert request.row is not None
         self._running.remove(request)
         self._free_rows.append(request.row)
         self._freed_rows.append(request.row)
-        request.row = None
 
     # ---- admission ----
 
     def _admit_waiting(self, step: StepBuilder) -> None:
         skipped: list[Request] = []
-        while step.budget > 0 and len(skipped) <= MAX_SKIPPED_LONG_PROMPTS:
+        long: list[Request] = []
+        while step.budget > 0 and self._free_rows and len(long) < MAX_SKIPPED_LONG_PROMPTS:
             request = self._waiting.peek()
             if request is None:
                 break
@@ -229,13 +241,30 @@ class Scheduler:
             prefix = self._kv.find_prefix(request)
             wanted = len(request.token_ids) - len(prefix) * self._config.block_size
             if self._overlong(step, wanted):
-                skipped.append(self._waiting.pop())
+                long.append(self._waiting.pop())
                 continue
             if not self._has_room(request, prefix):
                 break
             self._admit(step, self._waiting.pop(), prefix, self._chunk(step, wanted))
+        skipped += self._spend_rest(step, long)
         for request in skipped:
             self._waiting.push(request)
+
+    def _spend_rest(self, step: StepBuilder, long: list[Request]) -> list[Request]:
+        """Give what nobody else wants to further long prefills, running and waiting; those for which it does not do."""
+        preempted = self._stats.preemptions
+        for request in step.put_off:
+            self._advance(step, request, min(self._wanted(request), step.budget))
+        if self._stats.preemptions != preempted:
+            return long
+        for i, request in enumerate(long):
+            # What was found before may have been evicted since, by those that were admitted.
+            prefix = self._kv.find_prefix(request)
+            if step.budget == 0 or not self._has_room(request, prefix):
+                return long[i:]
+            wanted = len(request.token_ids) - len(prefix) * self._config.block_size
+            self._admit(step, request, prefix, min(wanted, step.budget))
+        return []
 
     def _has_room(self, request: Request, prefix: list[int]) -> bool:
         """Whether a row, and blocks for all known tokens beside the cached prefix, are free."""
@@ -261,8 +290,8 @@ class Scheduler:
         self._kv.admit(request, prefix)
         grown = self._kv.grow(request, request.num_computed_tokens + num_tokens)
         assert grown is not None, "admission checked that the blocks are there"
-        row = self._free_rows.pop()
-        request.row, request.status = row, RequestStatus.RUNNING
+        request.row = row = self._free_rows.pop()
+        request.status = RequestStatus.RUNNING
         if request.scheduled_time is None:
             request.scheduled_time = self._clock()
             request.num_cached_tokens = request.num_computed_tokens
@@ -281,77 +310,16 @@ class Scheduler:
                 data.bad_words,
             )
         )
-        step.advance(request, num_tokens)
-        self._kv.publish(request)
+        self._move_on(step, request, num_tokens)
 
     # ---- results ----
 
     def update(self, result: StepResult) -> None:
         """Take a step's result: append tokens, end requests, return blocks. Results come in the order of the steps."""
         launched = self._launched.popleft()
-        assert launched.step_id == result.step_id, "results must come in the order of the steps"
+        assert launched.plan.step_id == result.step_id, "results must come in the order of the steps"
         self._kv.complete(result.step_id)
-        tokens = iter(result.token_ids)
-        for share in launched.shares:
-            token_id = next(tokens) if share.item.samples else None
-            if token_id is not None:
-                share.request.num_pending_tokens -= 1
-            if not share.request.finished:
-                self._apply(share, token_id, result)
-
-    def _apply(self, share: Share, token_id: int | None, result: StepResult) -> None:
-        request, row = share.request, share.item.row
-        if row in result.failed_rows:
-            self._kv.unpublish(request)
-            message = "no token can be sampled: the logits are not finite, or every token is excluded"
-            self._end_with_error(request, FinishReason.ERROR, message, ErrorCode.INTERNAL)
-            return
-        prompt_logprobs = self._new_prompt_logprobs(share, result)
-        if token_id is None:
-            if prompt_logprobs:
-                self._deltas.append(
-                    TokenDelta(request_id=request.request_id, prompt_logprobs=prompt_logprobs)
-                )
-            return
-        first = request.num_output_tokens == 0
-        request.token_ids.append(token_id)
-        self._stats.generated_tokens += 1
-        stop = check_stop(request)
-        if stop is None and request.status is RequestStatus.RUNNING:
-            self._kv.publish(request)
-        logprobs = result.logprobs.get(row)
-        self._deltas.append(
-            TokenDelta(
-                request_id=request.request_id,
-                token_ids=[token_id],
-                finish_reason=None if stop is None else stop.reason,
-                stop_token_id=None if stop is None else stop.token_id,
-                logprobs=None if logprobs is None else [logprobs],
-                prompt_logprobs=prompt_logprobs,
-                num_cached_tokens=request.num_cached_tokens if first else None,
-                scheduled_time=request.scheduled_time if first else None,
-            )
-        )
-        if stop is not None:
-            self._finish(request, stop.reason)
-
-    def _new_prompt_logprobs(self, share: Share, result: StepResult) -> list[TokenLogprobs] | None:
-        """The step's prompt logprobs less those sent already: a preempted prefill computes some again."""
-        entries = result.prompt_logprobs.get(share.item.row)
-        if not entries:
-            return None
-        request = share.request
-        known = max(0, request.num_prompt_logprobs - share.start)
-        request.num_prompt_logprobs = max(request.num_prompt_logprobs, share.start + len(entries))
-        return entries[known:] or None
-
-    def _end_with_error(self, request: Request, reason: FinishReason, message: str, code: ErrorCode) -> None:
-        self._finish(request, reason)
-        self._deltas.append(
-            TokenDelta(
-                request_id=request.request_id, finish_reason=reason, error=message, error_code=code.value
-            )
-        )
+        self._results.read(launched, result)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """The one way out: give back row and blocks, forget the request."""

@@ -43,27 +43,42 @@ class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """A step, as deltas against the rows on the device. Applied in order: freed, new rows, block deltas, scheduled.
 
-    Rows with one token come first in `scheduled`.
+    The batch is `decode_rows`, each of which computes one token and samples the next, followed by `chunks`, which are
+    all others. num_common_prefix_blocks: leading blocks that all scheduled rows share, and that were computed before
+    any token of the step; 0 for a single row.
     """
 
     step_id: int
-    scheduled: list[ScheduledRequest]
+    decode_rows: list[int]
+    chunks: list[ScheduledRequest] = []
     new_rows: list[NewRow] = []
     block_deltas: list[BlockDelta] = []
     freed_rows: list[int] = []
+    num_common_prefix_blocks: int = 0
+
+    @property
+    def scheduled(self) -> list[ScheduledRequest]:
+        """The whole batch in its order."""
+        return [ScheduledRequest(row, 1, True) for row in self.decode_rows] + self.chunks
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return sum(item.num_tokens for item in self.scheduled)
+        return len(self.decode_rows) + sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the step samples."""
+        return len(self.decode_rows) + sum(chunk.samples for chunk in self.chunks)
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step brought.
 
-    token_ids: one sampled token for each scheduled row with `samples`, in the plan's order. logprobs: by row, of the
+    token_ids: one sampled token for each scheduled row that samples, in the plan's order. logprobs: by row, of the
     sampled token, for rows that ask. prompt_logprobs: by row, of the prompt tokens that follow the positions computed
-    in this step. failed_rows: rows whose logits were not finite; their sampled token is meaningless.
+    in this step. failed_rows: rows whose logits were not finite; their sampled token is meaningless. device_seconds:
+    what the step took on the device, where that is measured.
     """
 
     step_id: int
@@ -71,3 +86,4 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     failed_rows: list[int] = []
+    device_seconds: float | None = None

@@ -2,25 +2,21 @@
 
 from dataclasses import dataclass
 
-from charonia.core.step import BlockDelta, NewRow, ScheduledRequest
+from charonia.core.step import BlockDelta, NewRow, ScheduledRequest, StepPlan
 from charonia.request import Request
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """One request's share of a step in flight; `start` is the position of its first token."""
-
-    request: Request
-    item: ScheduledRequest
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
 class Launched:
-    """A step in flight, with the requests behind its rows."""
+    """A step in flight, with the requests behind its rows.
 
-    step_id: int
-    shares: list[Share]
+    decodes: of `plan.decode_rows`. chunked: of `plan.chunks`. starts: position of each chunk's first token.
+    """
+
+    plan: StepPlan
+    decodes: list[Request]
+    chunked: list[Request]
+    starts: list[int]
 
 
 class StepBuilder:
@@ -32,28 +28,39 @@ class StepBuilder:
         self.num_long = 0
         self.new_rows: list[NewRow] = []
         self.block_deltas: list[BlockDelta] = []
-        self._decodes: list[Share] = []
-        self._prefills: list[Share] = []
+        self.decodes: list[Request] = []
+        self.decode_rows: list[int] = []
+        self.chunked: list[Request] = []
+        self.starts: list[int] = []
+        self.put_off: list[Request] = []
+        """Long prefills that advance only if budget is left in the end."""
+        self._chunks: list[ScheduledRequest] = []
 
     def advance(self, request: Request, num_tokens: int) -> None:
         """Move a request on by `num_tokens`; its blocks are there already."""
-        assert request.row is not None
-        samples = request.num_computed_tokens + num_tokens == request.num_tokens
-        item = ScheduledRequest(row=request.row, num_tokens=num_tokens, samples=samples)
-        (self._decodes if num_tokens == 1 else self._prefills).append(
-            Share(request, item, request.num_computed_tokens)
-        )
+        start = request.num_computed_tokens
+        request.num_computed_tokens = end = start + num_tokens
         request.last_step_id = self.step_id
-        request.num_computed_tokens += num_tokens
+        samples = end == request.num_tokens
         if samples:
-            request.num_pending_tokens += 1
+            request.num_tokens += 1
+        if samples and num_tokens == 1:
+            self.decodes.append(request)
+            self.decode_rows.append(request.row)
+        else:
+            self.chunked.append(request)
+            self._chunks.append(ScheduledRequest(request.row, num_tokens, samples))
+            self.starts.append(start)
         self.budget -= num_tokens
 
     def holds(self, request: Request) -> bool:
         """Whether the step advances the request."""
         return request.last_step_id == self.step_id
 
-    @property
-    def shares(self) -> list[Share]:
-        """All scheduled rows, single tokens first."""
-        return self._decodes + self._prefills
+    def finish(self, freed_rows: list[int], num_common_prefix_blocks: int) -> Launched:
+        """The plan, and what `update` needs to know of it."""
+        plan = StepPlan(
+            self.step_id, self.decode_rows, self._chunks, self.new_rows, self.block_deltas, freed_rows,
+            num_common_prefix_blocks,
+        )  # fmt: skip
+        return Launched(plan, self.decodes, self.chunked, self.starts)

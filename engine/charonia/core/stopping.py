@@ -16,11 +16,9 @@ class Stop:
 
 def check_stop(request: Request) -> Stop | None:
     """Judge by the last known token. A stop token counts only from `min_tokens` on, and wins over the length."""
-    data = request.data
-    num_output = request.num_output_tokens
     last = request.token_ids[-1]
-    if last in request.stop_token_ids and num_output >= data.sampling.min_tokens:
+    if last in request.stop_token_ids and request.num_output_tokens >= request.data.sampling.min_tokens:
         return Stop(FinishReason.STOP, last)
-    if num_output >= data.max_tokens:
+    if len(request.token_ids) >= request.max_num_tokens:
         return Stop(FinishReason.LENGTH)
     return None

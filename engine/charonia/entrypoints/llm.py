@@ -1,13 +1,19 @@
 """Offline inference: `LLM(model).generate(prompts)`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from charonia.config import EngineConfig
+from charonia.core.engine_core import StepTimes
 from charonia.core.stats import EngineStats
 from charonia.entrypoints.interrupt import deferred_interrupt
+from charonia.entrypoints.offline_batch import OfflineBatch
 from charonia.errors import EngineDeadError, InvalidRequestError
 from charonia.model_config import ModelConfig
 from charonia.outputs import RequestOutput
@@ -17,16 +23,21 @@ from charonia.serving.engine_builder import build_engine
 from charonia.serving.input_processor import InputProcessor
 from charonia.serving.live_request import LiveRequest
 from charonia.serving.request import ChatInput, GenerationRequest
-from charonia.text import Tokenizer, merge
+from charonia.text import Tokenizer
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
+TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
+Prompt = str | TokenIds | Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
     """A model in this process. Not thread-safe.
 
-    Keyword arguments are the settings of `EngineConfig`. Raises `ConfigError` or `ModelLoadError`.
+    Keyword arguments are the settings of `EngineConfig`. With `skip_tokenizer_init`, prompts are token ids and outputs
+    have no text. Raises `ConfigError` or `ModelLoadError`.
+
+    What lives in the process once the model is loaded is exempted from garbage collection (`gc.freeze`), so that no
+    step waits for the collector to walk it; `shutdown` undoes that.
 
         llm = LLM("/models/SmolLM2-135M-Instruct", dtype="float32")
         for output in llm.generate(["Hello, my name is"], SamplingParams(temperature=0.0)):
@@ -36,14 +47,17 @@ class LLM:
     def __init__(self, model: str, **settings: Any) -> None:
         config = EngineConfig.from_mapping({"max_waiting_requests": 1 << 30, **settings, "model": str(model)})
         model_config = ModelConfig.from_dir(config.model)
-        self._inputs = InputProcessor(config, model_config, Tokenizer.from_dir(config.tokenizer_dir))
+        tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_dir(config.tokenizer_dir)
+        self._inputs = InputProcessor(config, model_config, tokenizer)
         self._core, self._summary = build_engine(config, model_config)
         self._next_id = 0
         self._failed = False
+        gc.collect()
+        gc.freeze()
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt] | npt.NDArray[np.integer[Any]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -51,7 +65,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt; outputs come in the prompts' order.
 
-        prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`, or a list of these.
+        prompts: a string, a list or array of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`, or a list of
+        these.
         sampling_params: one for all, or one for each. priority: of each prompt; lower runs first.
 
         Raises `InvalidRequestError` before anything runs. What ends one request with an error, or Ctrl-C, ends the
@@ -87,16 +102,21 @@ class LLM:
         return self._run(self._requests(inputs, sampling_params, None), use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises `InvalidRequestError` with `skip_tokenizer_init`."""
         return self._inputs.tokenizer
 
     def stats(self) -> EngineStats:
         """The engine's counters and gauges."""
         return self._core.stats()
 
+    def step_times(self) -> StepTimes:
+        """Where the time of the steps so far went; goes on counting."""
+        return self._core.times
+
     def shutdown(self) -> None:
         """Release the device; the object is of no use afterwards."""
         self._core.shutdown()
+        gc.unfreeze()
 
     def __enter__(self) -> "LLM":
         return self
@@ -111,7 +131,9 @@ class LLM:
         priority: Sequence[int] | None,
     ) -> list[GenerationRequest]:
         if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(inputs)
+            params = [self._checked(params or SamplingParams())] * len(inputs)
+        else:
+            params = [self._checked(item) for item in params]
         for name, values in (("sampling_params", params), ("priority", priority)):
             if values is not None and len(values) != len(inputs):
                 raise InvalidRequestError(f"{name} has {len(values)} entries for {len(inputs)} prompts")
@@ -122,56 +144,42 @@ class LLM:
             for i, prompt in enumerate(inputs)
         ]
 
+    def _checked(self, params: SamplingParams) -> SamplingParams:
+        """The parameters as they can be had: without a tokenizer there is no text."""
+        if params.detokenize and self._inputs.optional_tokenizer is None:
+            return msgspec.structs.replace(params, detokenize=False)
+        return params
+
     def _run(self, requests: list[GenerationRequest], use_tqdm: bool) -> list[RequestOutput]:
         if self._failed:
             raise EngineDeadError("the engine has failed; make a new LLM")
         prepared = [self._prepare(request) for request in requests]
-        by_id = {engine_id: live for live, _ in prepared for engine_id in live.engine_ids}
-        results: dict[int, RequestOutput] = {}
+        batch = OfflineBatch(self._core)
         with (
             tqdm(total=len(prepared), desc="requests", disable=not use_tqdm, dynamic_ncols=True) as bar,
             deferred_interrupt() as check_interrupt,
         ):
             try:
-                for _, engine_requests in prepared:
-                    for request in engine_requests:
-                        self._core.add(request)
-                while by_id:
+                for live, engine_requests in prepared:
+                    batch.add(live, engine_requests)
+                while batch.num_open:
                     check_interrupt()
-                    bar.update(self._advance(by_id, results))
+                    num_finished = batch.push(self._step())
+                    if num_finished:
+                        bar.update(num_finished)
             finally:
-                self._clear(by_id)
-        return [results[live.first_id] for live, _ in prepared]
+                self._clear(batch)
+        return batch.results(live for live, _ in prepared)
 
     def _prepare(self, request: GenerationRequest) -> tuple[LiveRequest, list[EngineRequest]]:
-        prompt, token_ids = self._inputs.tokenize(request)
+        inputs = self._inputs
+        prompt, token_ids = inputs.tokenize(request)
         first_id, self._next_id = self._next_id, self._next_id + request.params.n
-        live = LiveRequest(request, prompt, token_ids, self._inputs.tokenizer, self._inputs.eos_token_ids)
+        live = LiveRequest(
+            request, prompt, token_ids, inputs.optional_tokenizer, inputs.eos_token_ids, final_only=True
+        )
         live.first_id = first_id
-        return live, self._inputs.expand(request, token_ids, first_id)
-
-    def _advance(self, by_id: dict[int, LiveRequest], results: dict[int, RequestOutput]) -> int:
-        """One step; how many requests finished."""
-        touched: dict[int, LiveRequest] = {}
-        for delta in self._step():
-            live = by_id.get(delta.request_id)
-            if live is not None:
-                live.push(delta)
-                touched[live.first_id] = live
-        num_finished = 0
-        for live in touched.values():
-            for engine_id in live.take_aborts():
-                self._core.abort(engine_id)
-            if live.error is not None:
-                raise live.error
-            output = live.take()
-            if output is not None:
-                _accumulate(results, live.first_id, output)
-            if live.finished:
-                num_finished += 1
-                for engine_id in live.engine_ids:
-                    del by_id[engine_id]
-        return num_finished
+        return live, inputs.expand(request, token_ids, first_id)
 
     def _step(self) -> list[TokenDelta]:
         try:
@@ -181,30 +189,20 @@ class LLM:
             self._failed = True
             raise
 
-    def _clear(self, engine_ids: Iterable[int]) -> None:
-        """End requests, and run the steps that still touch them."""
+    def _clear(self, batch: OfflineBatch) -> None:
+        """End what is left of a batch, and run the steps that still touch it."""
         if self._failed:
             return
-        for engine_id in engine_ids:
-            self._core.abort(engine_id)
+        batch.abort()
         while self._core.has_work:
             self._step()
 
 
-def _accumulate(results: dict[int, RequestOutput], key: int, output: RequestOutput) -> None:
-    """Join a delta to what came before; sequences stay in order of their index."""
-    known = results.get(key)
-    sequences = {sequence.index: sequence for sequence in known.outputs} if known else {}
-    for delta in output.outputs:
-        before = sequences.get(delta.index)
-        sequences[delta.index] = delta if before is None else merge(before, delta)
-    output.outputs = [sequences[index] for index in sorted(sequences)]
-    results[key] = output
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+def _as_batch(prompts: Prompt | Sequence[Prompt] | npt.NDArray[np.integer[Any]]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, np.ndarray):
+        return [prompts] if prompts.ndim == 1 else list(prompts)
     if len(prompts) > 0 and all(isinstance(item, int) for item in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(Sequence[Prompt], prompts)
@@ -216,9 +214,11 @@ def _prompt_input(prompt: Prompt) -> str | Sequence[int]:
         value = next(
             (prompt[key] for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None), None
         )
+    if isinstance(value, np.ndarray) and value.ndim == 1 and np.issubdtype(value.dtype, np.integer):
+        return cast(list[int], value.tolist())
     if isinstance(value, str) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
         return value
     raise InvalidRequestError(
-        "a prompt must be a string, a list of token ids, or a mapping with 'prompt' or 'prompt_token_ids', "
+        "a prompt must be a string, a list or array of token ids, or a mapping with 'prompt' or 'prompt_token_ids', "
         f"got {type(value).__name__}"
     )

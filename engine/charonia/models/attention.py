@@ -40,7 +40,7 @@ class AttentionContext(Protocol):
         Args:
             spec: the layer.
             qkv: `[T, (num_heads + 2 * num_kv_heads) * head_dim]`.
-            positions: `[T]` int64, rows of `cos_sin_cache`.
+            positions: `[T]` integers, rows of `cos_sin_cache`.
             cos_sin_cache: `[max_positions, head_dim]` fp32, cosines in the first half, sines in the second.
             q_norm_weight: `[head_dim]` or None.
             k_norm_weight: `[head_dim]` or None.

@@ -1,17 +1,18 @@
 """What the decoder-only models have in common: attention, gated MLP, and the stack around the layers.
 
-The residual stream is one buffer. A layer receives the update of the block before it, not yet added, so that
-adding and norming are one kernel; it returns the update of its own last block:
+The residual stream is one buffer, which every block reads through its norm and adds to in place:
 
-    residual   x0 ──────────(+)───────────────(+)────────────  ...
-                 └ norm ─ attn ┘ └ norm ─ mlp ─ ┘ next layer adds
+    residual   x0 ──────────(+)──────────────(+)────────────  ...
+                 └ norm ─ attn ┘└ norm ─ mlp ┘
+
+Norms are part of the projection behind them, additions part of the one before them (`Linear`), so that a kernel can
+fuse the three.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from charonia_kernels import silu_mul
 
 from charonia.model_config import ModelConfig
 from charonia.models.attention import AttentionContext, AttentionSpec
@@ -57,54 +58,38 @@ class Attention:
         self.k_norm_weight = None if k_norm is None else k_norm.weight
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor, attn: AttentionContext) -> torch.Tensor:
-        """`[T, H]` to `[T, H]`."""
-        qkv = self.qkv_proj(x)
-        heads = attn.attend(
+    def heads(
+        self, norm: RMSNorm, residual: torch.Tensor, positions: torch.Tensor, attn: AttentionContext
+    ) -> torch.Tensor:
+        """What the heads bring of `norm(residual [T, H])`: `[T, num_heads * head_dim]`, not yet projected."""
+        qkv = self.qkv_proj.of_normed(norm, residual)
+        return attn.attend(
             self.spec, qkv, positions, self.cos_sin_cache, self.q_norm_weight, self.k_norm_weight, self.eps
         )
-        return self.o_proj(heads)
 
 
 class GatedMLP:
     """`down(act(gate(x)) * up(x))` (Shazeer, 2020)."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: WeightBuilder,
-        prefix: str,
-        activation: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
-        """Allocate `prefix.{gate,up,down}_proj`. `activation` maps the fused `[T, 2 * I]` to `[T, I]`."""
+    def __init__(self, config: ModelConfig, weights: WeightBuilder, prefix: str) -> None:
+        """Allocate `prefix.{gate,up,down}_proj`."""
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = weights.linear(
             prefix, hidden, {"gate_proj": inner, "up_proj": inner}, bias=config.mlp_bias
         )
         self.down_proj = weights.linear(prefix, inner, {"down_proj": hidden}, bias=config.mlp_bias)
-        self.activation = activation
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, H]` to `[T, H]`."""
-        return self.down_proj(self.activation(self.gate_up_proj(x)))
 
 
 class DecoderLayer(Protocol):
     """One layer of the stack."""
 
-    def __call__(
-        self,
-        update: torch.Tensor | None,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        attn: AttentionContext,
-    ) -> torch.Tensor:
-        """Add `update [T, H]` and all blocks but the last to `residual [T, H]`; return the last's update."""
+    def __call__(self, residual: torch.Tensor, positions: torch.Tensor, attn: AttentionContext) -> None:
+        """Add what the layer's blocks bring to `residual [T, H]`, in place."""
         ...
 
 
 class PreNormLayer:
-    """Attention and MLP, each behind its own norm: Llama's layer, and that of most models since."""
+    """Attention and SiLU-gated MLP, each behind its own norm: Llama's layer, and that of most models since."""
 
     def __init__(self, input_norm: RMSNorm, attention: Attention, mlp_norm: RMSNorm, mlp: GatedMLP) -> None:
         self.input_norm = input_norm
@@ -112,16 +97,12 @@ class PreNormLayer:
         self.mlp_norm = mlp_norm
         self.mlp = mlp
 
-    def __call__(
-        self,
-        update: torch.Tensor | None,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        attn: AttentionContext,
-    ) -> torch.Tensor:
+    def __call__(self, residual: torch.Tensor, positions: torch.Tensor, attn: AttentionContext) -> None:
         """As `DecoderLayer`."""
-        attended = self.attention(self.input_norm.add(update, residual), positions, attn)
-        return self.mlp(self.mlp_norm.add(attended, residual))
+        heads = self.attention.heads(self.input_norm, residual, positions, attn)
+        self.attention.o_proj.add_to(residual, heads)
+        gated = self.mlp.gate_up_proj.silu_mul_of_normed(self.mlp_norm, residual)
+        self.mlp.down_proj.add_to(residual, gated)
 
 
 class CausalLM:
@@ -151,22 +132,21 @@ class CausalLM:
         """Run the stack.
 
         Args:
-            input_ids: `[T]` int64, the tokens of all sequences, one after the other.
-            positions: `[T]` int64, of each token in its sequence.
+            input_ids: `[T]` integers, the tokens of all sequences, one after the other.
+            positions: `[T]` integers, of each token in its sequence.
             attn: the step's attention; it writes the KV cache.
 
         Returns:
-            `[T, H]` hidden states behind the final norm, in the model's dtype.
+            `[T, H]` hidden states in front of the final norm, in the model's dtype.
         """
         residual = self.embed_tokens(input_ids)
-        update: torch.Tensor | None = None
         for layer in self.layers:
-            update = layer(update, residual, positions, attn)
-        return self.norm.add(update, residual)
+            layer(residual, positions, attn)
+        return residual
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, H]` hidden states to `[N, vocab_size]` logits, in the model's dtype."""
-        logits = self.lm_head(hidden)
+        logits = self.lm_head.of_normed(self.norm, hidden)
         if self.final_soft_cap is None:
             return logits
         return (torch.tanh(logits.float() / self.final_soft_cap) * self.final_soft_cap).to(logits.dtype)
@@ -192,7 +172,7 @@ def pre_norm_lm(
             input_norm=norm(f"{prefix}.input_layernorm"),
             attention=attention(layer_idx, f"{prefix}.self_attn"),
             mlp_norm=norm(f"{prefix}.post_attention_layernorm"),
-            mlp=GatedMLP(config, weights, f"{prefix}.mlp", silu_mul),
+            mlp=GatedMLP(config, weights, f"{prefix}.mlp"),
         )
 
     embed_tokens = weights.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)

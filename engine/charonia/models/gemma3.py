@@ -30,20 +30,16 @@ class Gemma3Layer:
         )
         self.post_attention_norm = _norm(config, weights, f"{prefix}.post_attention_layernorm")
         self.pre_mlp_norm = _norm(config, weights, f"{prefix}.pre_feedforward_layernorm")
-        self.mlp = GatedMLP(config, weights, f"{prefix}.mlp", gelu_tanh_mul)
+        self.mlp = GatedMLP(config, weights, f"{prefix}.mlp")
         self.post_mlp_norm = _norm(config, weights, f"{prefix}.post_feedforward_layernorm")
 
-    def __call__(
-        self,
-        update: torch.Tensor | None,
-        residual: torch.Tensor,
-        positions: torch.Tensor,
-        attn: AttentionContext,
-    ) -> torch.Tensor:
+    def __call__(self, residual: torch.Tensor, positions: torch.Tensor, attn: AttentionContext) -> None:
         """As `DecoderLayer`."""
-        attended = self.attention(self.input_norm.add(update, residual), positions, attn)
-        attended = self.post_attention_norm(attended)
-        return self.post_mlp_norm(self.mlp(self.pre_mlp_norm.add(attended, residual)))
+        heads = self.attention.heads(self.input_norm, residual, positions, attn)
+        attended = self.post_attention_norm(self.attention.o_proj(heads))
+        normed = self.pre_mlp_norm.add(attended, residual)
+        gated = gelu_tanh_mul(self.mlp.gate_up_proj(normed))
+        residual += self.post_mlp_norm(self.mlp.down_proj(gated))
 
 
 def gemma3(config: ModelConfig, weights: WeightBuilder) -> CausalLM:

@@ -9,45 +9,13 @@ from dataclasses import dataclass
 
 import charonia_kernels as kernels
 import torch
-import torch.nn.functional as F
 
 from charonia.models.rope import cos_sin_table
 from charonia.rope_config import RopeConfig
 
 
-class Linear:
-    """`x @ weight.T + bias`."""
-
-    __slots__ = ("bias", "weight")
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Args: weight: `[N, K]`. bias: `[N]` or None."""
-        self.weight = weight
-        self.bias = bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`[T, K]` to `[T, N]`, in x's dtype."""
-        return kernels.linear(x, self.weight, self.bias)
-
-
-class Embedding:
-    """Rows of a matrix by token id, scaled if `scale` is given (Gemma)."""
-
-    __slots__ = ("scale", "weight")
-
-    def __init__(self, weight: torch.Tensor, scale: float | None = None) -> None:
-        """Args: weight: `[vocab_size, H]`. scale: rounded to the weight's dtype before it multiplies."""
-        self.weight = weight
-        self.scale = None if scale is None else torch.tensor(scale, dtype=weight.dtype, device=weight.device)
-
-    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """`[T]` int64 to a new `[T, H]`."""
-        rows = F.embedding(token_ids, self.weight)
-        return rows if self.scale is None else rows * self.scale
-
-
 class RMSNorm:
-    """Root-mean-square norm; also the place where a block's update joins the residual stream."""
+    """Root-mean-square norm; also of a residual stream that an update joins first."""
 
     __slots__ = ("eps", "weight")
 
@@ -60,11 +28,53 @@ class RMSNorm:
         """`[T, H]` to `[T, H]`."""
         return kernels.rms_norm(x, self.weight, self.eps)
 
-    def add(self, update: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-        """Add `update [T, H]` (None before the first block) to `residual [T, H]` in place; norm that."""
-        if update is None:
-            return kernels.rms_norm(residual, self.weight, self.eps)
+    def add(self, update: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Add `update [T, H]` to `residual [T, H]` in place; norm that."""
         return kernels.add_rms_norm(update, residual, self.weight, self.eps)
+
+
+class Linear:
+    """`x @ weight.T + bias`, alone or as one kernel with what stands before or behind it."""
+
+    __slots__ = ("bias", "weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Args: weight: `[N, K]`. bias: `[N]` or None."""
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, K]` to `[T, N]`, in x's dtype."""
+        return kernels.linear(x, self.weight, self.bias)
+
+    def of_normed(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        """`[T, K]` to `[T, N]`: the projection of `norm(x)`."""
+        return kernels.norm_linear(x, norm.weight, norm.eps, self.weight, self.bias)
+
+    def silu_mul_of_normed(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        """`[T, K]` to `[T, N / 2]`: `silu(gate) * up`, where the fused gate and up project `norm(x)`."""
+        if self.bias is not None:
+            return kernels.silu_mul(self.of_normed(norm, x))
+        return kernels.norm_linear_silu_mul(x, norm.weight, norm.eps, self.weight)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the projection of `x [T, K]` to `residual [T, N]` in place."""
+        kernels.linear_add(x, self.weight, residual, self.bias)
+
+
+class Embedding:
+    """Rows of a matrix by token id, scaled if `scale` is given (Gemma)."""
+
+    __slots__ = ("scale", "weight")
+
+    def __init__(self, weight: torch.Tensor, scale: float | None = None) -> None:
+        """Args: weight: `[vocab_size, H]`. scale: rounded to the weight's dtype before it multiplies."""
+        self.weight = weight
+        self.scale = None if scale is None else torch.tensor(scale, dtype=weight.dtype).item()
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`[T]` integers to a new `[T, H]`."""
+        return kernels.embedding(token_ids, self.weight, self.scale)
 
 
 @dataclass(frozen=True, slots=True)

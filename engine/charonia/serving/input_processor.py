@@ -17,20 +17,31 @@ from charonia.text.chat import render_chat
 class InputProcessor:
     """Turns requests into token ids and checks everything that a client can get wrong. Thread-safe.
 
-    max_model_len: the engine's context length in tokens. salt: sets this frontend's unseeded requests apart from those
-    of the engine's other frontends.
+    tokenizer: None where all prompts are token ids. max_model_len: the engine's context length in tokens. salt: sets
+    this frontend's unseeded requests apart from those of the engine's other frontends.
     """
 
     def __init__(
-        self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer, *, salt: str = ""
+        self, config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer | None, *, salt: str = ""
     ) -> None:
-        self.tokenizer = tokenizer
+        self.optional_tokenizer = tokenizer
         self.max_model_len = config.max_model_len or model.max_position
-        self.eos_token_ids = frozenset(model.eos_token_ids) | tokenizer.eos_token_ids
+        self.eos_token_ids = frozenset(model.eos_token_ids)
+        if tokenizer is not None:
+            self.eos_token_ids |= tokenizer.eos_token_ids
         self._vocab_size = model.vocab_size
         self._stop_token_ids = sorted(token for token in self.eos_token_ids if token < model.vocab_size)
         self._default_deadline_s = config.default_deadline_s
         self._random = random.Random(f"{config.seed}/{salt}")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises `InvalidRequestError` where there is none."""
+        if self.optional_tokenizer is None:
+            raise InvalidRequestError(
+                "this needs a tokenizer, and 'skip_tokenizer_init' is set: prompts must be lists of token ids"
+            )
+        return self.optional_tokenizer
 
     def tokenize(self, request: GenerationRequest) -> tuple[str | None, list[int]]:
         """The prompt's text (None if it came as token ids) and its token ids. Raises `InvalidRequestError`."""
@@ -118,6 +129,8 @@ class InputProcessor:
         self._check_ids("sampling parameter 'allowed_token_ids'", params.allowed_token_ids or [])
 
     def _check_ids(self, name: str, ids: Sequence[int]) -> None:
+        if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < self._vocab_size):
+            return
         for token in ids:
             if not isinstance(token, int) or isinstance(token, bool):
                 raise InvalidRequestError(f"{name} must be integers, got {str(token)[:40]!r}")

@@ -14,11 +14,13 @@ class LiveRequest:
 
     Call `push` for each delta, then `take` for what may be shown; `finished` and `error` tell how it stands. Engine
     requests that are to be ended early (a stop string matched, a sibling failed) are listed by `take_aborts`.
+
+    With `final_only`, `take` shows nothing until every sequence has ended, and then everything at once.
     """
 
     def __init__(
-        self, request: GenerationRequest, prompt: str | None, token_ids: list[int], tokenizer: Tokenizer,
-        eos_token_ids: frozenset[int],
+        self, request: GenerationRequest, prompt: str | None, token_ids: list[int],
+        tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], *, final_only: bool = False,
     ) -> None:  # fmt: skip
         self.request = request
         self.first_id = 0
@@ -29,8 +31,11 @@ class LiveRequest:
         self._tokenizer = tokenizer
         self._arrival = time.monotonic()
         self._timings = RequestTimings()
+        self._final_only = final_only
         self._open = {
-            i: SequenceProcessor(i, tokenizer, request.params, token_ids, eos_token_ids=eos_token_ids)
+            i: SequenceProcessor(
+                i, tokenizer, request.params, token_ids, eos_token_ids=eos_token_ids, final_only=final_only
+            )
             for i in range(request.params.n)
         }
         self._outputs: list[CompletionOutput] = []
@@ -50,6 +55,11 @@ class LiveRequest:
     def finished(self) -> bool:
         """Whether every sequence has ended, or an error has ended them all."""
         return not self._open
+
+    def plain_token_ids(self, engine_id: int) -> list[int] | None:
+        """As `SequenceProcessor.plain_token_ids`, once the first token of the sequence has been pushed."""
+        sequence = self._open.get(engine_id - self.first_id)
+        return None if sequence is None else sequence.plain_token_ids
 
     def push(self, delta: TokenDelta) -> None:
         """Take a delta; those of sequences that have ended are ignored."""
@@ -79,9 +89,11 @@ class LiveRequest:
 
     def take(self) -> RequestOutput | None:
         """What is new and may be shown, or None."""
-        if not self._outputs:
+        if not self._outputs or (self._final_only and self._open):
             return None
         outputs, self._outputs = self._outputs, []
+        if self._final_only:
+            outputs.sort(key=lambda output: output.index)
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self._prompt,

@@ -21,22 +21,27 @@ class SequenceProcessor:
     def __init__(
         self,
         index: int,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         params: SamplingParams,
         prompt_token_ids: list[int],
         *,
         eos_token_ids: frozenset[int] | None = None,
+        final_only: bool = False,
     ) -> None:
-        """index: of the sequence in its request. eos_token_ids: the tokenizer's by default; these, when they
-        end the sequence, are no `stop_reason`, unless the request lists them in `stop_token_ids`.
+        """index: of the sequence in its request. tokenizer: may be left out where nothing is detokenised.
+        eos_token_ids: the tokenizer's by default; these, when they end the sequence, are no `stop_reason`, unless
+        the request lists them in `stop_token_ids`.
         """
         self._index = index
         self._tokenizer = tokenizer
         self._params = params
-        eos = tokenizer.eos_token_ids if eos_token_ids is None else eos_token_ids
+        if eos_token_ids is None:
+            eos_token_ids = frozenset() if tokenizer is None else tokenizer.eos_token_ids
+        eos = eos_token_ids
         self._silent_stop_ids = eos.difference(params.stop_token_ids)
         self._detokenizer: IncrementalDetokenizer | None = None
         if params.detokenize:
+            assert tokenizer is not None, "whoever leaves the tokenizer out switches `detokenize` off"
             self._detokenizer = IncrementalDetokenizer(
                 tokenizer, prompt_token_ids, params.skip_special_tokens, params.spaces_between_special_tokens
             )
@@ -45,6 +50,9 @@ class SequenceProcessor:
         self._cumulative_logprob = 0.0
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
+        self._final_only = final_only
+        self._pieces: list[str] = []
+        """Text that waits for the end, with `final_only`."""
         self._finished = False
         self._stopped_by_text = False
 
@@ -60,6 +68,15 @@ class SequenceProcessor:
         """
         return self._stopped_by_text
 
+    @property
+    def plain_token_ids(self) -> list[int] | None:
+        """Where nothing happens to the tokens on their way: the list that they may be appended to instead of being
+        pushed. The delta that ends the sequence must be pushed. None where there is more to do.
+        """
+        if self._final_only and self._detokenizer is None and self._params.logprobs is None:
+            return self._token_ids
+        return None
+
     def push(self, delta: TokenDelta) -> CompletionOutput | None:
         """Take in one delta of the engine. Returns what to show, or None when nothing may be shown yet."""
         if self._finished:
@@ -71,7 +88,9 @@ class SequenceProcessor:
         if delta.finish_reason is not None:
             silent = delta.stop_token_id in self._silent_stop_ids
             return self._end(text, delta.finish_reason, None if silent else delta.stop_token_id)
-        if text or (self._detokenizer is None and self._token_ids):
+        if self._final_only:
+            self._pieces.append(text)
+        elif text or (self._detokenizer is None and self._token_ids):
             return self._take(text)
         return None
 
@@ -142,18 +161,18 @@ class SequenceProcessor:
 
     def _end(self, text: str, finish_reason: FinishReason, stop_reason: int | str | None) -> CompletionOutput:
         self._finished = True
-        output = self._take(text)
+        output = self._take("".join((*self._pieces, text)))
         output.finish_reason = finish_reason
         output.stop_reason = stop_reason
         return output
 
 
-def convert_logprobs(tokenizer: Tokenizer, position: TokenLogprobs) -> PositionLogprobs:
+def convert_logprobs(tokenizer: Tokenizer | None, position: TokenLogprobs) -> PositionLogprobs:
     """What clients see of one position, of the prompt or of the output: the token itself first, then the
     best.
 
     Ranks are unique even among equal log-probabilities: alternatives count 1, 2, ... and the token itself has
-    its place among them or comes after them.
+    its place among them or comes after them. Without a tokenizer, tokens have no text.
     """
     own_id, *best = position.token_ids
     place = best.index(own_id) + 1 if own_id in best else max(position.rank, len(best) + 1)
@@ -161,7 +180,8 @@ def convert_logprobs(tokenizer: Tokenizer, position: TokenLogprobs) -> PositionL
     converted: PositionLogprobs = {}
     for token_id, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True):
         if token_id not in converted:
-            converted[token_id] = Logprob(logprob, rank, tokenizer.decode_token(token_id))
+            text = "" if tokenizer is None else tokenizer.decode_token(token_id)
+            converted[token_id] = Logprob(logprob, rank, text)
     return converted
 
 

@@ -2,24 +2,27 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from charonia_kernels import paged_attention, qk_norm_rope_write
 
 from charonia.models.attention import AttentionSpec
-from charonia.worker.batch import AttentionMetadata
+from charonia.worker.batch import InputBatch
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
     """Keys and values of every layer, in blocks; block 0 is the null block.
 
-    keys, values: one tensor a layer, [num_blocks, num_kv_heads, block_size, head_dim].
+    keys, values: one tensor a layer, [num_blocks, num_kv_heads, block_size, head_dim]. scale: one fp32 element that
+    multiplies what a cache of 8-bit floats holds; None for wider dtypes.
     """
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    scale: torch.Tensor | None = None
 
     @classmethod
     def allocate(
@@ -30,7 +33,8 @@ class KVCache:
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
-        return cls(keys, values)
+        scale = torch.ones(1, device=device) if dtype.itemsize == 1 else None
+        return cls(keys, values, scale)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -43,24 +47,30 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass(frozen=True, slots=True)
 class PagedAttention:
-    """One step's attention context: writes each layer's keys and values to the cache, and attends over it."""
+    """One step's attention context: writes each layer's keys and values to the cache, and attends over it.
+
+    block_table: [N, max_blocks] int32. With a plan (`charonia_kernels.gpu.AttentionPlan`, the work lists of kernels that
+    want them) it is indexed by row, without one by entry of the batch.
+    """
 
     cache: KVCache
-    metadata: AttentionMetadata
+    batch: InputBatch
+    block_table: torch.Tensor
+    plan: Any = None
 
     def attend(
         self, spec: AttentionSpec, qkv: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor,
         q_norm_weight: torch.Tensor | None = None, k_norm_weight: torch.Tensor | None = None, eps: float = 1e-6,
     ) -> torch.Tensor:  # fmt: skip
         """Qkv [T, (Hq + 2 Hkv) * D] -> [T, Hq * D]: optional QK-norm, RoPE, KV write, causal attention."""
-        keys, values = self.cache.keys[spec.layer_idx], self.cache.values[spec.layer_idx]
-        meta = self.metadata
+        cache, batch = self.cache, self.batch
+        keys, values, scale = cache.keys[spec.layer_idx], cache.values[spec.layer_idx], cache.scale
         query = qk_norm_rope_write(
-            qkv, positions, meta.slot_mapping, cos_sin_cache, keys, values, spec.num_heads, spec.num_kv_heads,
-            spec.head_dim, q_norm_weight, k_norm_weight, eps,
+            qkv, positions, batch.slot_mapping, cos_sin_cache, keys, values, spec.num_heads, spec.num_kv_heads,
+            spec.head_dim, q_norm_weight, k_norm_weight, eps, scale, scale,
         )  # fmt: skip
         out = paged_attention(
-            query, keys, values, meta.block_table, meta.seq_lens, meta.query_start_loc, spec.scale,
-            spec.sliding_window, spec.soft_cap,
+            query, keys, values, self.block_table, batch.seq_lens, batch.query_start_loc, spec.scale,
+            spec.sliding_window, spec.soft_cap, scale, scale, self.plan,
         )  # fmt: skip
         return out.view(qkv.shape[0], spec.num_heads * spec.head_dim)

@@ -1,27 +1,14 @@
-"""One step's input, laid out flat: the tokens of all scheduled rows, one after the other."""
+"""One step's batch: what the host decides (`StepLayout`), and where the device finds its inputs (`InputBatch`)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from charonia_kernels import prepare_step
 
 from charonia.core.step import StepPlan
+from charonia.worker.arena import IntArray
 from charonia.worker.rows import RequestRows
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionMetadata:
-    """Where each sequence's queries and keys are.
-
-    slot_mapping: [T] int64, KV slot (block * block_size + offset) that each token's key and value go to.
-    block_table: [B, max_blocks] int32. seq_lens: [B] int32, keys of each sequence, this step's included.
-    query_start_loc: [B + 1] int32, where each sequence's tokens begin in the flat batch.
-    """
-
-    slot_mapping: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,57 +20,132 @@ class SampledRow:
 
 
 @dataclass(frozen=True, slots=True)
-class InputBatch:
-    """One step's input.
+class StepLayout:
+    """A step's entries in the order of the flat batch: single tokens that sample first, then the plan's chunks.
 
-    input_ids, positions: [T] int64. sample_indices: [S] int64, the flat index of each sampling row's last token.
-    sampled: the S rows that sample, in the plan's order. chunks: (row, first position, flat start, length) of each
-    scheduled row, for prompt logprobs.
+    rows, lengths, starts, samples: [B] int32: row, number of tokens, position of the first of them, and whether the
+    entry's next token is drawn. num_decodes: leading entries of one token that sample. common_prefix: leading keys that
+    all entries share and that were computed before this step; a multiple of the block size.
     """
 
+    rows: IntArray
+    lengths: IntArray
+    starts: IntArray
+    samples: IntArray
+    num_decodes: int
+    num_tokens: int
+    common_prefix: int = 0
+
+    @classmethod
+    def of(cls, plan: StepPlan, rows: RequestRows) -> "StepLayout":
+        """Lay out a plan, and move the rows' positions on."""
+        decode_rows, chunks = plan.decode_rows, plan.chunks
+        num_decodes = len(decode_rows)
+        row_ids = np.array(decode_rows + [chunk.row for chunk in chunks], np.int32)
+        lengths, samples = np.ones_like(row_ids), np.ones_like(row_ids)
+        if chunks:
+            lengths[num_decodes:] = [chunk.num_tokens for chunk in chunks]
+            samples[num_decodes:] = [chunk.samples for chunk in chunks]
+        starts = rows.positions[row_ids]
+        rows.positions[row_ids] += lengths
+        prefix = plan.num_common_prefix_blocks * rows.block_size
+        return cls(row_ids, lengths, starts, samples, num_decodes, int(lengths.sum()), prefix)
+
+    @property
+    def num_entries(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether every entry is a single token that samples."""
+        return self.num_decodes == self.num_entries
+
+    def query_start_loc(self) -> IntArray:
+        """[B + 1] int32: where each entry's tokens begin in the flat batch; the last is their number."""
+        starts = np.zeros(self.num_entries + 1, np.int32)
+        np.cumsum(self.lengths, out=starts[1:])
+        return starts
+
+    def sampled(self) -> list[SampledRow]:
+        """The entries that sample, in order."""
+        ends = self.starts + self.lengths
+        return [
+            SampledRow(int(row), int(end))
+            for row, end, samples in zip(self.rows, ends, self.samples, strict=True)
+            if samples
+        ]
+
+    def stage(self, rows: RequestRows, padded_entries: int) -> None:
+        """Write the step's batch to the rows' arena, with empty entries behind up to `padded_entries`."""
+        padding = padded_entries - self.num_entries
+        starts = self.query_start_loc()
+        if padding == 0:
+            rows.stage_step(self.rows, starts, self.samples, self.common_prefix)
+        else:
+            rows.stage_step(
+                np.pad(self.rows, (0, padding)),
+                np.pad(starts, (0, padding), constant_values=self.num_tokens),
+                np.pad(self.samples, (0, padding)),
+                self.common_prefix,
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class InputBatch:
+    """A step's inputs on the device, at addresses that never change. B entries and T tokens, padding included.
+
+    rows, samples, seq_lens: [B]. query_start_loc: [B + 1]. input_ids, positions, slot_mapping: [T]. Padding entries have
+    no tokens; padding tokens have id and position 0 and write to the null block. seq_lens counts the step's own keys.
+    """
+
+    rows: torch.Tensor
+    samples: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
     input_ids: torch.Tensor
     positions: torch.Tensor
-    attention: AttentionMetadata
-    sample_indices: torch.Tensor
-    sampled: list[SampledRow]
-    chunks: list[tuple[int, int, int, int]]
+    slot_mapping: torch.Tensor
+
+    @property
+    def num_entries(self) -> int:
+        """B."""
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
 
 
-def build_batch(plan: StepPlan, rows: RequestRows) -> InputBatch:
-    """Lay out a step and move the rows' positions on."""
-    device = rows.token_ids.device
-    count = len(plan.scheduled)
-    row_ids = np.fromiter((item.row for item in plan.scheduled), np.int64, count)
-    lengths = np.fromiter((item.num_tokens for item in plan.scheduled), np.int64, count)
-    starts = np.fromiter((rows[item.row].num_computed for item in plan.scheduled), np.int64, count)
-    query_start_loc = np.zeros(count + 1, np.int32)
-    np.cumsum(lengths, out=query_start_loc[1:])
-    owner = np.repeat(np.arange(count), lengths)
-    positions = np.arange(len(owner)) - query_start_loc[owner] + starts[owner]
+class StepBuffers:
+    """The memory behind every `InputBatch`."""
 
-    sampled, indices, chunks = [], [], []
-    for i, item in enumerate(plan.scheduled):
-        state = rows[item.row]
-        first = state.num_computed
-        state.num_computed = end = first + item.num_tokens
-        chunks.append((item.row, first, int(query_start_loc[i]), item.num_tokens))
-        if item.samples:
-            sampled.append(SampledRow(item.row, end))
-            indices.append(int(query_start_loc[i + 1]) - 1)
+    def __init__(self, rows: RequestRows, max_num_tokens: int) -> None:
+        # The CPU's kernels index with 64 bits; the GPU's never leave 32.
+        dtype = torch.int64 if rows.device.type == "cpu" else torch.int32
+        self._rows = rows
+        self._seq_lens = torch.zeros_like(rows.step_rows)
+        self._tokens = torch.zeros((3, max_num_tokens), dtype=dtype, device=rows.device)
 
-    positions_d = torch.from_numpy(positions).to(device)
-    token_rows = torch.from_numpy(row_ids[owner]).to(device)
-    blocks = rows.block_table[token_rows, positions_d // rows.block_size].long()
-    return InputBatch(
-        input_ids=rows.token_ids[token_rows, positions_d].long(),
-        positions=positions_d,
-        attention=AttentionMetadata(
-            slot_mapping=blocks * rows.block_size + positions_d % rows.block_size,
-            block_table=rows.block_table[torch.from_numpy(row_ids).to(device)],
-            seq_lens=torch.from_numpy((starts + lengths).astype(np.int32)).to(device),
-            query_start_loc=torch.from_numpy(query_start_loc).to(device),
-        ),
-        sample_indices=torch.tensor(indices, dtype=torch.int64, device=device),
-        sampled=sampled,
-        chunks=chunks,
-    )
+    def batch(self, num_entries: int, num_tokens: int) -> InputBatch:
+        """The batch of the first `num_entries` entries and `num_tokens` tokens."""
+        input_ids, positions, slot_mapping = self._tokens[:, :num_tokens]
+        return InputBatch(
+            rows=self._rows.step_rows[:num_entries],
+            samples=self._rows.step_samples[:num_entries],
+            query_start_loc=self._rows.step_starts[: num_entries + 1],
+            seq_lens=self._seq_lens[:num_entries],
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+        )
+
+    def prepare(self, batch: InputBatch) -> None:
+        """Fill in what follows from the rows: ids, positions, slots, lengths. Device work alone."""
+        rows = self._rows
+        prepare_step(
+            batch.rows, batch.query_start_loc, rows.num_computed, rows.token_ids, rows.block_table, rows.block_size,
+            batch.input_ids, batch.positions, batch.slot_mapping, batch.seq_lens,
+        )  # fmt: skip
+

@@ -1,56 +1,64 @@
 """How the step loop reaches the device."""
 
+import logging
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from charonia_kernels import cpu as cpu_kernels
 
 from charonia.config import EngineConfig, SchedulerConfig
+from charonia.core.engine_core import PendingStep
 from charonia.core.step import StepPlan, StepResult
 from charonia.model_config import ModelConfig
 from charonia.models import load_model
 from charonia.worker.model_runner import ModelRunner
-from charonia.worker.setup import resolve
+from charonia.worker.setup import DeviceSetup, resolve
+
+logger = logging.getLogger("charonia.engine")
 
 
-class _Pending:
-    def __init__(self, future: "Future[StepResult]") -> None:
-        self._future = future
+@dataclass(frozen=True, slots=True)
+class _ThreadedStep:
+    future: "Future[StepResult]"
 
     def wait(self) -> StepResult:
-        return self._future.result()
+        return self.future.result()
 
 
 class InProcessExecutor:
-    """Runs one device from a thread of this process: `launch` returns at once, steps run in order beside the caller.
+    """Runs one device in this process; `launch` returns at once, steps run in order beside the caller.
 
+    A GPU works by itself: its steps are issued from the caller's thread. A CPU's steps run in a thread of their own.
     Raises what loading raises: `ModelLoadError`, `ConfigError`.
     """
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-device")
         self._setup = resolve(config, model_config)
-        threads = torch.get_num_threads()
-        try:
-            # Thread-bound device state (OpenMP pools, the current CUDA device) belongs to the thread that runs steps.
-            self._runner = self._thread.submit(self._load, config, model_config).result()
-        except BaseException:
-            self._thread.shutdown()
-            raise
-        finally:
-            # The device thread keeps its own setting; the caller's process keeps the one it had.
-            torch.set_num_threads(threads)
+        self._thread: ThreadPoolExecutor | None = None
+        if self._setup.device.type == "cpu":
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-device")
+            self._runner = self._load_in_thread(self._thread, config, model_config)
+        else:
+            torch.cuda.set_device(self._setup.device)
+            self._runner = _load(config, model_config, self._setup)
         self.scheduler_config: SchedulerConfig = self._setup.scheduler_config(
             config, self._runner.kv_cache_size.num_blocks
         )
 
-    def launch(self, plan: StepPlan) -> _Pending:
+    def launch(self, plan: StepPlan) -> PendingStep:
         """Queue a step behind those launched before."""
-        return _Pending(self._thread.submit(self._run, plan))
+        if self._thread is None:
+            return self._runner.execute(plan)
+        return _ThreadedStep(self._thread.submit(self._run, plan))
 
     def shutdown(self) -> None:
-        """Wait for launched steps and end the thread."""
-        self._thread.shutdown()
+        """Wait for launched steps, and end the thread if there is one."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        else:
+            torch.cuda.synchronize(self._setup.device)
 
     def describe(self) -> str:
         """One line for the log: device, dtype, KV cache."""
@@ -59,16 +67,40 @@ class InProcessExecutor:
         dtype = str(setup.dtype).removeprefix("torch.")
         return f"{setup.device} {dtype}, KV cache {size.gib:.2f} GiB = {tokens} tokens"
 
-    def _load(self, config: EngineConfig, model_config: ModelConfig) -> ModelRunner:
-        setup = self._setup
-        if setup.device.type == "cpu":
-            cpu_kernels.set_num_threads(setup.cpu_threads)
-            # PyTorch gets threads only where it does the large products.
-            native = setup.dtype == torch.bfloat16 and cpu_kernels.has_native_bf16()
-            torch.set_num_threads(setup.cpu_threads if native else 1)
-            cpu_kernels.warm_up(setup.dtype)
-        loaded = load_model(config, model_config, device=setup.device, dtype=setup.dtype)
-        return ModelRunner(config, model_config, setup, loaded.model)
+    def _load_in_thread(
+        self, thread: ThreadPoolExecutor, config: EngineConfig, model_config: ModelConfig
+    ) -> ModelRunner:
+        threads = torch.get_num_threads()
+        try:
+            # Thread-bound state (OpenMP pools) belongs to the thread that runs steps.
+            return thread.submit(_load, config, model_config, self._setup).result()
+        except BaseException:
+            thread.shutdown()
+            raise
+        finally:
+            # The device thread keeps its own setting; the caller's process keeps the one it had.
+            torch.set_num_threads(threads)
 
     def _run(self, plan: StepPlan) -> StepResult:
-        return self._runner.execute(plan).result()
+        return self._runner.execute(plan).wait()
+
+
+def _load(config: EngineConfig, model_config: ModelConfig, setup: DeviceSetup) -> ModelRunner:
+    start = time.perf_counter()
+    if setup.device.type == "cpu":
+        cpu_kernels.set_num_threads(setup.cpu_threads)
+        # PyTorch gets threads only where it does the large products.
+        native = setup.dtype == torch.bfloat16 and cpu_kernels.has_native_bf16()
+        torch.set_num_threads(setup.cpu_threads if native else 1)
+        cpu_kernels.warm_up(setup.dtype)
+    compiled = time.perf_counter()
+    loaded = load_model(config, model_config, device=setup.device, dtype=setup.dtype)
+    weights = time.perf_counter()
+    runner = ModelRunner(config, model_config, setup, loaded.model)
+    memory = time.perf_counter()
+    runner.warm_up()
+    logger.info(
+        "start: kernels %.2f s, weights %.2f s, memory %.2f s, graphs %.2f s",
+        compiled - start, weights - compiled, memory - weights, time.perf_counter() - memory,
+    )  # fmt: skip
+    return runner

@@ -21,21 +21,22 @@ class KVCacheSize:
 
 
 def size_kv_cache(
-    config: EngineConfig, *, max_model_len: int, bytes_per_token: int, available_bytes: int, budget_name: str
-) -> KVCacheSize:
+    config: EngineConfig, *, max_model_len: int, block_size: int, bytes_per_token: int, available_bytes: int,
+    budget_name: str,
+) -> KVCacheSize:  # fmt: skip
     """Blocks that `available_bytes` hold, but no more than all rows at full length can use.
 
     Raises `ConfigError` with the numbers and the setting to change when one `max_model_len` sequence does not fit.
     """
-    bytes_per_block = bytes_per_token * config.block_size
-    blocks_per_seq = -(-max_model_len // config.block_size)
+    bytes_per_block = bytes_per_token * block_size
+    blocks_per_seq = -(-max_model_len // block_size)
     if config.num_kv_blocks_override is not None:
         usable, budget_name = config.num_kv_blocks_override, "num_kv_blocks_override"
     else:
         usable = max(0, available_bytes // bytes_per_block - 1)
     if usable < blocks_per_seq:
         raise ConfigError(
-            f"the KV cache holds {usable * config.block_size} tokens ({usable * bytes_per_block / GIB:.2f} GiB), fewer "
+            f"the KV cache holds {usable * block_size} tokens ({usable * bytes_per_block / GIB:.2f} GiB), fewer "
             f"than one sequence of max_model_len = {max_model_len} tokens needs "
             f"({blocks_per_seq * bytes_per_block / GIB:.2f} GiB): raise '{budget_name}' or lower 'max_model_len'"
         )
@@ -54,6 +55,6 @@ def gpu_budget_bytes(config: EngineConfig, *, total: int, used_elsewhere: int, p
     """What `gpu_memory_utilization` leaves for the KV cache, in bytes.
 
     total: the GPU's memory. used_elsewhere: taken by other processes and the CUDA context. peak: this process's peak
-    with the largest step, weights included.
+    with the largest step, weights and captured graphs included.
     """
     return max(0, int(total * config.gpu_memory_utilization) - used_elsewhere - peak)

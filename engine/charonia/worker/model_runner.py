@@ -2,47 +2,50 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from charonia_kernels import allocate_plan, append_tokens, build_plan, gather_last_rows
 
 from charonia.config import EngineConfig
-from charonia.core.step import StepPlan, StepResult
+from charonia.core.step import StepPlan
 from charonia.model_config import ModelConfig
 from charonia.models import CausalLM
-from charonia.outputs import TokenLogprobs
+from charonia.worker import prompt_logprobs
 from charonia.worker.attention import KVCache, PagedAttention
-from charonia.worker.batch import AttentionMetadata, InputBatch, build_batch
+from charonia.worker.batch import InputBatch, StepBuffers, StepLayout
+from charonia.worker.cuda_graphs import GraphKey, StepGraphs
+from charonia.worker.device_sampler import DeviceSampler
 from charonia.worker.memory import KVCacheSize, cpu_budget_bytes, gpu_budget_bytes, size_kv_cache
+from charonia.worker.results import DeviceStep, HostTokens, PendingTokens, TokenOutbox
 from charonia.worker.rows import RequestRows
-from charonia.worker.sampler import gather_logprobs, sample
+from charonia.worker.sampling import Draw, HostSampler, Sampler
+from charonia.worker.sampling_mode import SamplingMode
 from charonia.worker.setup import DeviceSetup
 
-PROMPT_LOGPROBS_CHUNK = 128
-"""Positions whose logits over the whole vocabulary are held at once."""
+
+MIN_SHARED_KEYS = 256
+MIN_SHARING_ENTRIES = 4
+"""From so many keys and entries on, reading a common prefix once saves more than the extra kernel costs."""
+
+
+def pays_to_share(layout: StepLayout) -> bool:
+    """Whether the entries' common prefix is long enough, and shared by enough of them, to be read once for all."""
+    return layout.common_prefix >= MIN_SHARED_KEYS and layout.num_decodes >= MIN_SHARING_ENTRIES
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceStep:
-    """A step whose device work has been issued; `result` waits for it."""
-
-    step_id: int
-    sampled_rows: list[int]
-    tokens: torch.Tensor
-    usable: torch.Tensor
-    logprobs: dict[int, TokenLogprobs]
-    prompt_logprobs: dict[int, list[TokenLogprobs]]
-
-    def result(self) -> StepResult:
-        """Bring the sampled tokens to the host."""
-        failed: list[int] = []
-        if not bool(self.usable.all()):
-            failed = [row for row, ok in zip(self.sampled_rows, self.usable.tolist(), strict=True) if not ok]
-        return StepResult(self.step_id, self.tokens.tolist(), self.logprobs, self.prompt_logprobs, failed)
+class _EagerStep:
+    draw: Draw
+    prompt_logprobs: prompt_logprobs.PromptLogprobs | None
 
 
 class ModelRunner:
     """One model on one device, with its KV cache and the rows of its running requests.
 
     All methods must be called from one thread at a time, steps in the order of their plans.
+
+    On a GPU nothing here waits for the device: `execute` issues work and returns. Steps up to a bounded size are
+    replays of captured graphs, of which only the row deltas in front and the copy of the tokens behind are not a part.
     """
 
     def __init__(
@@ -52,109 +55,189 @@ class ModelRunner:
         self._model_config = model_config
         self._setup = setup
         self._model = model
+        device, max_num_seqs = setup.device, setup.max_num_seqs
+        self._rows = RequestRows(
+            max_num_seqs=max_num_seqs, max_model_len=setup.max_model_len, block_size=setup.block_size,
+            vocab_size=model_config.vocab_size, device=device,
+        )  # fmt: skip
+        self._buffers = StepBuffers(self._rows, setup.max_num_batched_tokens)
+        self._sampler: Sampler = HostSampler(self._rows)
+        self._outbox: TokenOutbox | None = None
+        self._plan = allocate_plan(
+            max_num_seqs, setup.max_num_batched_tokens, model_config.num_heads, model_config.num_kv_heads,
+            model_config.head_dim, setup.block_size, device, has_cascade=config.enable_prefix_caching,
+        )  # fmt: skip
+        self._graphs: StepGraphs | None = None
+        self._last_hidden = torch.empty(0)
+        if device.type == "cuda":
+            self._outbox = TokenOutbox(max_num_seqs, device)
+            self._sampler = DeviceSampler(self._rows, self._outbox, max_num_seqs, device)
+            self._last_hidden = torch.zeros(max_num_seqs, model_config.hidden_size, dtype=setup.dtype, device=device)
+            if not config.enforce_eager:
+                self._graphs = StepGraphs(
+                    self._run_shape, max_num_seqs=max_num_seqs, max_num_tokens=setup.max_num_batched_tokens,
+                    device=device,
+                )  # fmt: skip
+        self._cache = self._allocate_cache(1)
         self.kv_cache_size = self._size_kv_cache()
         self._cache = self._allocate_cache(self.kv_cache_size.num_blocks)
-        self._rows = RequestRows(
-            max_num_seqs=setup.max_num_seqs, max_model_len=setup.max_model_len, block_size=config.block_size,
-            vocab_size=model_config.vocab_size, device=setup.device,
-        )  # fmt: skip
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the graphs of the common modes, which also compiles every kernel that they reach."""
+        if self._graphs is not None:
+            self._graphs.capture(self._graphs.keys(SamplingMode.PLAIN))
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> DeviceStep:
         """Issue a step's device work."""
-        self._rows.apply(plan)
-        batch = build_batch(plan, self._rows)
-        hidden = self._model(batch.input_ids, batch.positions, PagedAttention(self._cache, batch.attention))
-        prompt_logprobs = self._prompt_logprobs(hidden, batch)
-        rows = [item.row for item in batch.sampled]
-        if not rows:
-            empty = torch.empty(0, dtype=torch.int64)
-            return DeviceStep(plan.step_id, rows, empty, empty.bool(), {}, prompt_logprobs)
-        logits = self._model.compute_logits(hidden[batch.sample_indices])
-        output = sample(logits, self._rows, batch.sampled)
-        self._append_tokens(batch, output.tokens)
-        logprobs = {rows[i]: entry for i, entry in output.logprobs.items()}
-        return DeviceStep(plan.step_id, rows, output.tokens, output.usable, logprobs, prompt_logprobs)
+        rows, graphs = self._rows, self._graphs
+        if self._outbox is not None:
+            self._outbox.begin()
+        rows.apply(plan)
+        layout = StepLayout.of(plan, rows)
+        mode = self._sampler.mode()
+        scores_prompt = prompt_logprobs.wanted(layout, rows)
+        shares_prefix = self._plan is not None and pays_to_share(layout)
+        key = None if graphs is None or scores_prompt else graphs.key_for(layout, mode, shares_prefix)
+        layout.stage(rows, layout.num_entries if key is None else key.num_entries)
+        rows.flush()
+        if graphs is None or key is None:
+            step = self._run_eagerly(layout, mode, scores_prompt, shares_prefix)
+            return DeviceStep(
+                plan.step_id, layout, self._send(step.draw, layout), step.draw.logprobs, step.prompt_logprobs
+            )
+        graphs.replay(key)
+        draw = None
+        if mode is SamplingMode.FULL:
+            batch = self._buffers.batch(layout.num_entries, layout.num_tokens)
+            draw = self._draw(self._last_hidden[: layout.num_entries], batch, mode, layout)
+        return DeviceStep(
+            plan.step_id, layout, self._send(draw, layout), None if draw is None else draw.logprobs, None
+        )
 
-    def _append_tokens(self, batch: InputBatch, tokens: torch.Tensor) -> None:
-        """Feed the sampled tokens to the next step."""
-        rows = [item.row for item in batch.sampled]
-        positions = [item.position for item in batch.sampled]
-        self._rows.token_ids[rows, positions] = tokens.to(torch.int32)
+    def _send(self, draw: Draw | None, layout: StepLayout) -> PendingTokens:
+        if self._outbox is not None:
+            return self._outbox.send(layout.num_entries)
+        assert draw is not None
+        return HostTokens(draw.tokens, draw.ok)
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, batch: InputBatch) -> dict[int, list[TokenLogprobs]]:
-        """Log-probabilities of the prompt tokens that follow the positions computed in this step."""
-        found: dict[int, list[TokenLogprobs]] = {}
-        for row, first, start, length in batch.chunks:
-            state = self._rows[row]
-            count = state.sampling.prompt_logprobs
-            if count is None:
-                continue
-            # Position p predicts token p + 1; the last prompt position predicts the first output token.
-            length = min(length, state.num_prompt - 1 - first)
-            entries: list[TokenLogprobs] = []
-            for offset in range(0, length, PROMPT_LOGPROBS_CHUNK):
-                size = min(PROMPT_LOGPROBS_CHUNK, length - offset)
-                logits = self._model.compute_logits(hidden[start + offset : start + offset + size])
-                logprobs = torch.log_softmax(logits.float(), dim=-1)
-                position = first + offset + 1
-                targets = self._rows.token_ids[row, position : position + size].long()
-                entries.extend(gather_logprobs(logprobs, targets, [count] * size))
-            if entries:
-                found[row] = entries
-        return found
+    # ---- a step's device work ----
+
+    def _run_eagerly(
+        self, layout: StepLayout, mode: SamplingMode, scores_prompt: bool, shares_prefix: bool
+    ) -> _EagerStep:
+        batch = self._buffers.batch(layout.num_entries, layout.num_tokens)
+        singles = layout.lengths == 1
+        hidden = self._forward(
+            batch, has_decodes=bool(singles.any()), has_chunks=not singles.all(), shares_prefix=shares_prefix
+        )
+        scores = None
+        if scores_prompt:
+            compute_logits = self._model.compute_logits
+            scores = prompt_logprobs.PromptLogprobs.compute(layout, self._rows, hidden, compute_logits)
+        last = gather_last_rows(hidden, batch.query_start_loc)
+        return _EagerStep(self._draw(last, batch, mode, layout), scores)
+
+    def _run_shape(self, key: GraphKey) -> None:
+        """The device work of a step of the key's shape, for capture."""
+        batch = self._buffers.batch(key.num_entries, key.num_tokens)
+        hidden = self._forward(
+            batch, has_decodes=True, has_chunks=not key.decodes_only, shares_prefix=key.shares_prefix
+        )
+        last = gather_last_rows(hidden, batch.query_start_loc)
+        if key.mode is SamplingMode.FULL:
+            self._last_hidden[: key.num_entries].copy_(last)
+        else:
+            self._draw(last, batch, key.mode, None)
+
+    def _forward(
+        self, batch: InputBatch, *, has_decodes: bool, has_chunks: bool, shares_prefix: bool
+    ) -> torch.Tensor:
+        """Hidden states of all tokens: [T, H]."""
+        rows = self._rows
+        self._buffers.prepare(batch)
+        if self._plan is None:
+            context = PagedAttention(self._cache, batch, rows.block_table[batch.rows])
+        else:
+            plan = self._plan.sized(
+                batch.num_entries, batch.num_tokens, has_decodes, has_chunks, shares_prefix
+            )
+            build_plan(plan, batch.query_start_loc, batch.seq_lens, batch.rows, rows.step_prefix)
+            context = PagedAttention(self._cache, batch, rows.block_table, plan)
+        return self._model(batch.input_ids, batch.positions, context)
+
+    def _draw(
+        self, last: torch.Tensor, batch: InputBatch, mode: SamplingMode, layout: StepLayout | None
+    ) -> Draw:
+        """Draw from the hidden states of each entry's last token [B, H], and feed the tokens to the next step."""
+        logits = self._model.compute_logits(last)
+        if layout is not None and mode is SamplingMode.FULL:
+            draw = self._sampler.draw_full(logits, batch, layout)
+        else:
+            draw = self._sampler.draw(logits, batch, mode)
+        rows = self._rows
+        append_tokens(
+            batch.rows, batch.query_start_loc, batch.seq_lens, batch.samples, draw.tokens, rows.num_computed,
+            rows.token_ids,
+        )  # fmt: skip
+        return draw
 
     # ---- memory ----
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:
-        model = self._model_config
+        model, setup = self._model_config, self._setup
         return KVCache.allocate(
             num_layers=model.num_layers, num_blocks=num_blocks, num_kv_heads=model.num_kv_heads,
-            block_size=self._config.block_size, head_dim=model.head_dim, dtype=self._setup.dtype,
-            device=self._setup.device,
+            block_size=setup.block_size, head_dim=model.head_dim, dtype=setup.kv_dtype, device=setup.device,
         )  # fmt: skip
 
     def _size_kv_cache(self) -> KVCacheSize:
-        model, device = self._model_config, self._setup.device
-        bytes_per_token = (
-            2 * model.num_layers * model.num_kv_heads * model.head_dim * self._setup.dtype.itemsize
-        )
-        if device.type == "cpu":
+        model, setup = self._model_config, self._setup
+        bytes_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * setup.kv_dtype.itemsize
+        if setup.device.type == "cpu":
             available, budget_name = cpu_budget_bytes(self._config), "cpu_kv_cache_gib"
         else:
             available, budget_name = self._measure_gpu_budget(), "gpu_memory_utilization"
         return size_kv_cache(
-            self._config, max_model_len=self._setup.max_model_len, bytes_per_token=bytes_per_token,
-            available_bytes=available, budget_name=budget_name,
+            self._config, max_model_len=setup.max_model_len, block_size=setup.block_size,
+            bytes_per_token=bytes_per_token, available_bytes=available, budget_name=budget_name,
         )  # fmt: skip
 
+    @torch.inference_mode()
     def _measure_gpu_budget(self) -> int:
-        """Run the largest step once and see what it takes."""
+        """Run the largest step and capture the largest graphs, on the null block alone, and see what they take."""
         device = self._setup.device
         torch.cuda.reset_peak_memory_stats(device)
         self._run_largest_step()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.empty_cache()
+        graphs_take = 0
+        if self._graphs is not None:
+            free_before, _ = torch.cuda.mem_get_info(device)
+            keys = self._graphs.keys(SamplingMode.PLAIN)
+            self._graphs.capture([keys[0], next(key for key in keys if key.decodes_only)])
+            graphs_take = free_before - torch.cuda.mem_get_info(device)[0]
+            self._graphs.clear()
+            torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         used_elsewhere = total - free - torch.cuda.memory_reserved(device)
-        return gpu_budget_bytes(self._config, total=total, used_elsewhere=used_elsewhere, peak=peak)
-
-    @torch.inference_mode()
-    def _run_largest_step(self) -> None:
-        """A full token budget in as many rows as there are, on a cache of the null block alone."""
-        setup, device = self._setup, self._setup.device
-        tokens, rows = setup.max_num_batched_tokens, setup.max_num_seqs
-        starts = torch.arange(rows + 1, device=device) * tokens // rows
-        lengths = (starts[1:] - starts[:-1]).to(torch.int32)
-        blocks = -(-int(lengths.max()) // self._config.block_size)
-        metadata = AttentionMetadata(
-            slot_mapping=torch.zeros(tokens, dtype=torch.int64, device=device),
-            block_table=torch.zeros((rows, blocks), dtype=torch.int32, device=device),
-            seq_lens=lengths,
-            query_start_loc=starts.to(torch.int32),
+        return gpu_budget_bytes(
+            self._config, total=total, used_elsewhere=used_elsewhere, peak=peak + graphs_take
         )
-        ids = torch.zeros(tokens, dtype=torch.int64, device=device)
-        hidden = self._model(ids, ids, PagedAttention(self._allocate_cache(1), metadata))
-        logits = self._model.compute_logits(hidden[:rows]).float()
-        torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+
+    def _run_largest_step(self) -> None:
+        """A full token budget in as many rows as there are, drawn in the mode that takes the most memory."""
+        setup = self._setup
+        entries, tokens = setup.max_num_seqs, setup.max_num_batched_tokens
+        ends = np.arange(1, entries + 1, dtype=np.int64) * tokens // entries
+        lengths = np.diff(ends, prepend=0).clip(max=setup.max_model_len).astype(np.int32)
+        rows = np.arange(entries, dtype=np.int32)
+        none = np.zeros(entries, np.int32)
+        layout = StepLayout(rows, lengths, none, none, 0, int(lengths.sum()))
+        layout.stage(self._rows, entries)
+        self._rows.flush()
+        self._run_eagerly(layout, SamplingMode.FULL, scores_prompt=False, shares_prefix=False)
+        # The rows were never entered: undo what the end of a step does to them.
+        self._rows.num_computed.zero_()

@@ -1,0 +1,126 @@
+"""Whole steps as CUDA graphs: from the row gather to the sampled token in one launch.
+
+A graph is captured per `GraphKey`: padded numbers of entries and tokens, and how tokens are drawn. Padding entries have
+no tokens, padding tokens write to the null block. All graphs share one memory pool, and are captured largest first, so
+that the smaller ones fit into what the largest took: only one runs at a time.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from charonia.worker.batch import StepLayout
+from charonia.worker.sampling_mode import SamplingMode
+
+MAX_MIXED_TOKENS = 2048
+"""Steps with chunks of up to so many tokens run as graphs; beyond, launching keeps pace with the GPU anyway."""
+_MIXED_ENTRIES = (32, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """num_entries, num_tokens: padded. decodes_only: every entry is a single token. shares_prefix: the entries' common
+    prefix is read once for all of them.
+    """
+
+    num_entries: int
+    num_tokens: int
+    decodes_only: bool
+    mode: SamplingMode
+    shares_prefix: bool = False
+
+
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Padded batch sizes of decode steps: fine where a step's time follows the batch, coarser above."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32), *range(1024, 8193, 256)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def mixed_sizes(max_num_tokens: int) -> list[int]:
+    """Padded token counts of steps with chunks."""
+    sizes = [*range(32, 256, 32), *range(256, 1024, 64), *range(1024, MAX_MIXED_TOKENS + 1, 128)]
+    limit = min(max_num_tokens, MAX_MIXED_TOKENS)
+    return [size for size in sizes if size <= limit]
+
+
+class StepGraphs:
+    """Captures steps and replays them.
+
+    run: issues the device work of a step of the key's shape, reading and writing only memory at fixed addresses.
+    """
+
+    def __init__(
+        self, run: Callable[[GraphKey], None], *, max_num_seqs: int, max_num_tokens: int, device: torch.device
+    ) -> None:
+        self._run = run
+        self._device = device
+        self._max_num_seqs = max_num_seqs
+        self._decode_sizes = decode_sizes(max_num_seqs)
+        self._mixed_sizes = mixed_sizes(max_num_tokens)
+        self._mixed_entries = [size for size in _MIXED_ENTRIES if size < max_num_seqs] + [max_num_seqs]
+        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def key_for(self, layout: StepLayout, mode: SamplingMode, shares_prefix: bool) -> GraphKey | None:
+        """The graph that can run a step; None for steps that are too large."""
+        entries, tokens = layout.num_entries, layout.num_tokens
+        if layout.decodes_only:
+            size = _at_least(self._decode_sizes, entries)
+            return GraphKey(size, size, True, mode, shares_prefix)
+        if tokens > (self._mixed_sizes[-1] if self._mixed_sizes else 0):
+            return None
+        entries, tokens = _at_least(self._mixed_entries, entries), _at_least(self._mixed_sizes, tokens)
+        return GraphKey(entries, tokens, False, mode, shares_prefix)
+
+    def keys(self, mode: SamplingMode) -> list[GraphKey]:
+        """Every key of a mode, largest first."""
+        mixed = [
+            GraphKey(entries, tokens, False, mode)
+            for tokens in reversed(self._mixed_sizes)
+            for entries in reversed(self._mixed_entries)
+            if entries <= max(tokens, self._mixed_entries[0])
+        ]
+        decodes = [GraphKey(size, size, True, mode) for size in reversed(self._decode_sizes)]
+        return sorted(mixed + decodes, key=lambda key: (-key.num_tokens, -key.num_entries))
+
+    def capture(self, keys: Sequence[GraphKey]) -> None:
+        """Capture the keys that are not there yet, in the order given."""
+        for key in keys:
+            if key not in self._graphs:
+                self._graphs[key] = self._captured(key)
+
+    def replay(self, key: GraphKey) -> None:
+        """Launch a step; captured first if need be."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._captured(key)
+        graph.replay()
+
+    def clear(self) -> None:
+        """Forget all graphs and give their memory back."""
+        self._graphs.clear()
+        self._pool = None
+
+    def _captured(self, key: GraphKey) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Capture runs nothing, so it waits for nothing either: steps in flight go on.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                self._run(key)
+            finally:
+                graph.capture_end()
+        return graph
+
+
+def _at_least(sizes: Sequence[int], value: int) -> int:
+    return sizes[bisect.bisect_left(sizes, value)]

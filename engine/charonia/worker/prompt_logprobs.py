@@ -1,0 +1,97 @@
+"""Log-probabilities of prompt tokens, computed chunk by chunk while the prompt is prefilled."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from charonia.outputs import TokenLogprobs
+from charonia.worker.batch import StepLayout
+from charonia.worker.rows import RequestRows
+
+POSITIONS_AT_ONCE = 128
+"""Positions whose logits over the whole vocabulary are held at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """tmp"""
+
+    own: torch.Tensor
+    ranks: torch.Tensor
+    top_ids: torch.Tensor
+    top_values: torch.Tensor
+
+
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> TokenScores:
+    """tmp"""
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    own = scores.gather(-1, tokens[:, None].long())
+    top = scores.topk(min(count, scores.shape[-1]), dim=-1)
+    return TokenScores(own[:, 0], (scores > own).sum(dim=-1) + 1, top.indices, top.values)
+
+
+def entries_of(scores: TokenScores, tokens: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
+    """Bring scores of `tokens` [N] to the host, with each one's `counts[i]` most likely alternatives."""
+    token_list, own, ranks = tokens.tolist(), scores.own.tolist(), scores.ranks.tolist()
+    top_ids, top_values = scores.top_ids.tolist(), scores.top_values.tolist()
+    return [
+        TokenLogprobs([token_list[i], *top_ids[i][:k]], [own[i], *top_values[i][:k]], ranks[i])
+        for i, k in enumerate(counts)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    row: int
+    count: int
+    tokens: torch.Tensor
+    scores: TokenScores
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """One step's share of them, still on the device."""
+
+    parts: list[_Part] = field(default_factory=list)
+
+    @classmethod
+    def compute(
+        cls,
+        layout: StepLayout,
+        rows: RequestRows,
+        hidden: torch.Tensor,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> "PromptLogprobs":
+        """Score the prompt tokens that follow the positions computed in this step. hidden: [T, H]."""
+        parts: list[_Part] = []
+        flat = layout.query_start_loc().tolist()
+        for entry, row in enumerate(layout.rows.tolist()):
+            state = rows[row]
+            count = state.sampling.prompt_logprobs
+            if count is None:
+                continue
+            first = int(layout.starts[entry])
+            # Position p predicts token p + 1; the last prompt position predicts the first output token.
+            length = min(int(layout.lengths[entry]), state.num_prompt - 1 - first)
+            for offset in range(0, length, POSITIONS_AT_ONCE):
+                size = min(POSITIONS_AT_ONCE, length - offset)
+                logits = compute_logits(hidden[flat[entry] + offset :][:size])
+                tokens = rows.token_ids[row, first + offset + 1 :][:size]
+                parts.append(_Part(row, count, tokens.clone(), logprobs(logits, tokens, count)))
+        return cls(parts)
+
+    def collect(self) -> dict[int, list[TokenLogprobs]]:
+        """By row, in the order of positions; waits for the device."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        for part in self.parts:
+            entries = entries_of(part.scores, part.tokens, [part.count] * len(part.tokens))
+            found.setdefault(part.row, []).extend(entries)
+        return found
+
+
+def wanted(layout: StepLayout, rows: RequestRows) -> bool:
+    """Whether a step computes positions whose prompt log-probabilities some row asks for."""
+    return any(
+        rows[row].sampling.prompt_logprobs is not None for row in layout.rows[layout.num_decodes :].tolist()
+    )

@@ -1,0 +1,211 @@
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import support.interpreter_floats
+import support.interpreter_products  # noqa: F401
+import torch
+from charonia_kernels.gpu._launch import H100, DeviceTraits
+from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, choose
+from support.gpu_kernels import DEVICE
+from support.kernel_checks import assert_close, poison
+
+# The packages export functions of the same name.
+ops = import_module("charonia_kernels.gpu.linear")
+oracle = import_module("charonia_kernels.reference.linear")
+
+EPS = 1e-5
+SHAPES = {
+    "llama8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+    "qwen06b": [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)],
+}
+VECTOR = LinearConfig("vector", block_n=4, block_k=64, prefetch=256)
+SKINNY = LinearConfig("skinny", block_n=32, block_k=64, num_stages=3, prefetch=256, block_m=16)
+# Every way through the kernels: whole and odd tiles, one part of the columns and several.
+CONFIGS = {
+    "vector": VECTOR,
+    "vector-one-tile": replace(VECTOR, block_n=8, block_k=256),
+    "skinny": SKINNY,
+    "skinny-16": replace(SKINNY, block_n=16, block_k=128, block_m=8),
+    "skinny-split": replace(SKINNY, split_k=3),
+    "skinny-own-norm": replace(SKINNY, fuse_norm=False),
+    "cublas": CUBLAS,
+}
+
+
+def make(shape, dtype=torch.bfloat16, seed=0, scale=1.0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return values.to(dtype).to(DEVICE)
+
+
+def rows_for(config):
+    return (1, 3) if config.kind == "vector" else (1, 20)
+
+
+def scaled_sums(config, residual, norm_weight, weight):
+    """What the configuration computes in fp64, with the roundings that it makes on the way to the products."""
+    wide, gain = residual.double(), norm_weight.double()
+    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)
+    if not config.fuse_norm:
+        return (wide * inverse * gain).to(residual.dtype).double() @ weight.double().T
+    scaled = wide * gain
+    if config.kind == "skinny":
+        scaled = scaled.float().to(residual.dtype).double()
+    return inverse * (scaled @ weight.double().T)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("n", "k", "with_bias"), [(32, 128, False), (38, 144, True)])
+def test_linear(name, n, k, with_bias):
+    config = CONFIGS[name]
+    weight, bias = make((n, k), seed=1), make((n,), seed=2) if with_bias else None
+    for m in rows_for(config):
+        x = make((m, k))
+        expected = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        poison(torch.empty(m, n, dtype=x.dtype, device=DEVICE))
+        actual = ops.linear_with(config, x, weight, bias)
+        assert actual.dtype == x.dtype
+        assert_close(actual.cpu(), expected.cpu(), depth=k)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("norm_dtype", [torch.bfloat16, torch.float32])
+def test_norm_linear(name, norm_dtype):
+    config, (n, k) = CONFIGS[name], (38, 144)
+    weight, bias, norm_weight = make((n, k), seed=1), make((n,), seed=2), make((k,), norm_dtype, seed=3)
+    for m in rows_for(config):
+        residual = make((m, k), scale=3.0)
+        expected = scaled_sums(config, residual, norm_weight, weight) + bias.double()
+        poison(torch.empty(m, n, dtype=residual.dtype, device=DEVICE))
+        actual = ops.norm_linear_with(config, residual, norm_weight, EPS, weight, bias)
+        # A row of the norm of its own may round the other way where fp32 and fp64 differ.
+        slack = 2.0**13 if not config.fuse_norm else 1.0
+        assert_close(actual.cpu(), expected.cpu(), depth=k * slack)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("half", [16, 19])
+def test_norm_linear_silu_mul(name, half):
+    config, k = CONFIGS[name], 144
+    weight, norm_weight = make((2 * half, k), seed=1, scale=0.1), make((k,), seed=3)
+    for m in rows_for(config):
+        residual = make((m, k))
+        gate, up = scaled_sums(config, residual, norm_weight, weight).chunk(2, dim=-1)
+        expected = torch.nn.functional.silu(gate) * up
+        poison(torch.empty(m, half, dtype=residual.dtype, device=DEVICE))
+        actual = ops.norm_linear_silu_mul_with(config, residual, norm_weight, EPS, weight)
+        slack = 2.0**13 if not config.fuse_norm else 1.0  # cuBLAS also rounds gate and up
+        assert_close(actual.cpu(), expected.cpu(), depth=k * slack)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_add(name, with_bias):
+    config, (n, k) = CONFIGS[name], (38, 144)
+    weight, bias = make((n, k), seed=1), make((n,), seed=2) if with_bias else None
+    for m in rows_for(config):
+        x, before = make((m, k)), make((m, n), seed=4, scale=8.0)
+        sums = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+        wide = torch.full((m + 1, n + 10), 7.0, dtype=x.dtype, device=DEVICE)
+        residual = wide[:m, :n]
+        residual.copy_(before)
+        ops.linear_add_with(config, x, weight, residual, bias)
+        slack = 2.0**12 if config.kind == "cublas" and with_bias else 1.0
+        assert_close(residual.cpu(), (before.double() + sums).cpu(), depth=k * slack)
+        assert (wide[m:] == 7).all()
+        assert (wide[:, n:] == 7).all()
+
+
+@pytest.mark.parametrize("name", ["vector", "skinny", "skinny-split"])
+def test_rows_may_lie_apart_and_others_do_not_matter(name):
+    config, (n, k, m) = CONFIGS[name], (16, 128, 5)
+    weight, norm_weight = make((n, k), seed=1), make((k,), seed=3)
+    x = make((m, k))
+    apart = torch.full((m, k + 24), float("nan"), dtype=x.dtype, device=DEVICE)[:, :k]
+    apart.copy_(x)
+    whole = ops.norm_linear_with(config, x, norm_weight, EPS, weight)
+    assert torch.equal(ops.norm_linear_with(config, apart, norm_weight, EPS, weight), whole)
+    apart[[0, 1, 3, 4]] = float("nan")
+    alone = ops.norm_linear_with(config, apart, norm_weight, EPS, weight)
+    assert torch.equal(alone[2], whole[2])
+    assert alone[[0, 1, 3, 4]].isnan().all()
+
+
+def test_parts_are_added_up_again_and_again():
+    config = CONFIGS["skinny-split"]
+    x, weight = make((3, 192)), make((38, 192), seed=1)
+    first = ops.linear_with(config, x, weight)
+    for _ in range(3):
+        assert torch.equal(ops.linear_with(config, x, weight), first)
+    assert not ops._arrivals(x.device).any()
+
+
+@pytest.mark.parametrize("name", ["vector", "skinny"])
+def test_fp16(name):
+    config = CONFIGS[name]
+    x, weight = make((3, 192), torch.float16), make((16, 192), torch.float16, seed=1)
+    actual = ops.linear_with(config, x, weight)
+    assert_close(actual.cpu(), (x.double() @ weight.double().T).cpu(), depth=192)
+
+
+@pytest.mark.parametrize("m", [0, 1, 6, 130])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_public_ops_agree_with_the_oracle(m, dtype):
+    k, n = 256, 16
+    x, norm_weight, bias = make((m, k), dtype), make((k,), dtype, seed=3), make((n,), dtype, seed=2)
+    weight = make((n, k), dtype, seed=1, scale=0.1)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(ops.linear(x, weight, bias), oracle.linear(x, weight, bias), **close)
+    args = (x, norm_weight, EPS, weight)
+    torch.testing.assert_close(ops.norm_linear(*args, bias), oracle.norm_linear(*args, bias), **close)
+    torch.testing.assert_close(ops.norm_linear_silu_mul(*args), oracle.norm_linear_silu_mul(*args), **close)
+    residual = make((m, n), dtype, seed=4)
+    expected = residual.clone()
+    oracle.linear_add(x, weight, expected, bias)
+    ops.linear_add(x, weight, residual, bias)
+    torch.testing.assert_close(residual, expected, **close)
+
+
+def test_the_oracle_rounds_once():
+    x, weight, norm_weight = make((3, 64)), make((10, 64), seed=1), make((64,), seed=3)
+    wide = oracle.norm_linear(x.double(), norm_weight.double(), EPS, weight.double())
+    assert_close(oracle.norm_linear(x, norm_weight, EPS, weight).cpu(), wide.cpu(), depth=64)
+    gated = oracle.norm_linear_silu_mul(x.double(), norm_weight.double(), EPS, weight.double())
+    gate, up = wide.chunk(2, dim=-1)
+    torch.testing.assert_close(gated, torch.nn.functional.silu(gate) * up)
+
+
+def test_bad_arguments():
+    x, weight = make((2, 64)), make((8, 64), seed=1)
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.linear(x, weight[:, :32])
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        ops.linear(x, weight.float())
+    with pytest.raises(ValueError, match="residual"):
+        ops.linear_add(x, weight, make((2, 9)))
+    with pytest.raises(ValueError, match="halves"):
+        ops.norm_linear_silu_mul(x, make((64,)), EPS, make((7, 64)))
+
+
+@pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.parametrize("op", ["linear", "norm_linear", "norm_linear_silu_mul", "linear_add"])
+def test_choice_fits_the_device(model, op):
+    small = DeviceTraits((8, 6), 84, 101_376)
+    for n, k in SHAPES[model]:
+        for m in (1, 2, 3, 4, 5, 8, 13, 16, 32, 33, 64, 65, 100, 128):
+            for traits in (H100, small):
+                config = choose(m, n, k, torch.bfloat16, traits, op)
+                if config.kind == "vector":
+                    assert m <= ops.MAX_VECTOR_ROWS
+                if config.kind == "skinny":
+                    assert config.shared_bytes(m, 2) < traits.max_shared_bytes
+                    assert config.num_stages >= 2
+                    assert k // config.split_k >= config.block_k
+    assert choose(1, 4096, 4096, torch.bfloat16, H100, op).kind == "vector"
+    assert choose(16, 4096, 4096, torch.bfloat16, H100, op).kind == "skinny"
+
+
+def test_choice_falls_back():
+    assert choose(1, 64, 4096, torch.float32, H100, "linear") == CUBLAS
+    assert choose(1, 64, 100, torch.bfloat16, H100, "linear") == CUBLAS
+    assert not choose(16, 4096, 4096, torch.float16, H100, "norm_linear").fuse_norm
