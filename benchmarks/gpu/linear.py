@@ -3,7 +3,7 @@
     PYTHONPATH=engine:kernels:client:tests python benchmarks/gpu/linear.py --out linear.json
 
 Every configuration is checked against fp32 before it is timed; a wrong or failing one is reported and passed over.
-`--chains-only` takes the configurations from `linear_config.choose`. The last lines are ready for its table.
+`--chains-only` takes the configurations from `linear_choice.choose`. The last lines are ready for its table.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from charonia_kernels.gpu._launch import H100, INTERPRETED, traits
-from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, choose, tile_rows
+from charonia_kernels.gpu.linear_choice import choose
+from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, tile_rows
 
 if INTERPRETED:  # for --dry-run
     import_module("support.interpreter_floats")
@@ -406,7 +407,7 @@ class Chain:
 
 
 def paste(rows: list[dict[str, Any]]) -> str:
-    """The best configurations as entries of `linear_config.MEASURED`."""
+    """The best configurations as entries of `linear_table.MEASURED`."""
     best: dict[tuple[int, int, str], dict[int, dict[str, Any]]] = {}
     for row in rows:
         if "us" in row:

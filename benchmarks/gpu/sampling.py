@@ -181,7 +181,8 @@ def check_logprobs(vocab: int, dtype: torch.dtype) -> None:
     """Log-probabilities and ranks are the reference's."""
     logits, tokens = random_logits(3, vocab, dtype), ints([0, 5, vocab - 1])
     result = logprobs.logprobs(logits, tokens, 20)
-    own, rank, _, values = logprobs_reference.logprobs(logits.double(), tokens, 20)
+    expected = logprobs_reference.logprobs(logits.double(), tokens, 20)
+    own, rank, values = expected.own, expected.rank, expected.top_values
     torch.testing.assert_close(result.own.double(), own, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.top_values.double(), values, rtol=1e-5, atol=1e-5)
     assert torch.equal(result.rank, rank)
@@ -390,7 +391,7 @@ def _torch_draw(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sweep_penalties(result: Table, sizes: Sizes, pool: torch.Tensor, base: dict[str, Any]) -> None:
-    """Penalties over contexts of `sizes.length` tokens; the floor is 100 bytes a token, three sectors of 32 and its id."""
+    """Penalties over contexts of `sizes.length` tokens, their floor being 100 bytes a token; a mask for each row."""
     copies, batch, vocab = pool.shape
     rows, seq_lens = ints(range(batch)), ints([sizes.length] * batch)
     tokens = torch.randint(0, vocab, (batch, sizes.length), dtype=torch.int32, device=DEVICE)

@@ -11,11 +11,13 @@ import torch
 
 from charonia_kernels import reference
 from charonia_kernels._backend import cpu, gpu
+from charonia_kernels.reference import Logprobs
 
 if TYPE_CHECKING:
     from charonia_kernels.gpu import AttentionPlan
 
 __all__ = [
+    "Logprobs",
     "add_rms_norm",
     "allocate_plan",
     "append_tokens",
@@ -28,6 +30,7 @@ __all__ = [
     "gpu",
     "linear",
     "linear_add",
+    "logprobs",
     "norm_linear",
     "norm_linear_silu_mul",
     "paged_attention",
@@ -109,6 +112,12 @@ def norm_linear_silu_mul(
     if residual.is_cuda:
         return gpu.norm_linear_silu_mul(residual, norm_weight, eps, weight)
     return silu_mul(linear(rms_norm(residual, norm_weight, eps), weight))
+
+
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, max_count: int) -> Logprobs:
+    """Log-probabilities and ranks; see :func:`charonia_kernels.reference.logprobs`."""
+    implementation = gpu.logprobs if logits.is_cuda else reference.logprobs
+    return implementation(logits, tokens, max_count)
 
 
 def embedding(token_ids: torch.Tensor, weight: torch.Tensor, scale: float | None = None) -> torch.Tensor:

@@ -300,7 +300,7 @@ def test_a_device_that_fails(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object) -> None:
         raise RuntimeError("device lost")
 
-    monkeypatch.setattr("charonia.worker.model_runner.build_batch", broken)
+    monkeypatch.setattr("charonia.worker.model_runner.StepLayout.of", broken)
     with pytest.raises(RuntimeError, match="device lost"):
         generate(llm, PROMPT)
     monkeypatch.undo()

@@ -1,8 +1,7 @@
 """Where the tests run the Triton kernels: on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
-import torch
-
 import support.interpreter_floats  # noqa: F401 (patches the interpreter)
+import torch
 from charonia_kernels.gpu._launch import INTERPRETED
 
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda")

@@ -58,6 +58,9 @@ class ArenaWriter(Protocol):
     def flush(self) -> None:
         """Make all writes visible to work that is launched from now on."""
 
+    def dry_run(self) -> None:
+        """Launch what `flush` launches, without a write."""
+
 
 class DirectWriter:
     """For an arena in the host's memory."""
@@ -72,6 +75,9 @@ class DirectWriter:
     def flush(self) -> None:
         """Nothing is pending."""
 
+    def dry_run(self) -> None:
+        """Nothing is launched."""
+
 
 class StagedWriter:
     """For an arena on a GPU. The host never waits for the device but to reuse a buffer that is still being copied."""
@@ -79,7 +85,9 @@ class StagedWriter:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena.storage
         self._staged = torch.empty(_BUFFER_INTS, dtype=torch.int32, device=arena.storage.device)
-        self._pinned = [torch.empty(_BUFFER_INTS, dtype=torch.int32, pin_memory=True) for _ in range(_NUM_BUFFERS)]
+        self._pinned = [
+            torch.empty(_BUFFER_INTS, dtype=torch.int32, pin_memory=True) for _ in range(_NUM_BUFFERS)
+        ]
         self._copied = [torch.Event("cuda") for _ in range(_NUM_BUFFERS)]
         self._views: list[IntArray] = [pinned.numpy() for pinned in self._pinned]
         self._current = 0
@@ -113,6 +121,10 @@ class StagedWriter:
         self._copied[self._current].synchronize()
         self._num_segments = 0
         self._end = 3 * MAX_SEGMENTS
+
+    def dry_run(self) -> None:
+        """As `ArenaWriter`."""
+        apply_writes(self._arena, self._staged, 0)
 
 
 def writer_for(arena: Arena) -> ArenaWriter:

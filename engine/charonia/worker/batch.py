@@ -148,4 +148,3 @@ class StepBuffers:
             batch.rows, batch.query_start_loc, rows.num_computed, rows.token_ids, rows.block_table, rows.block_size,
             batch.input_ids, batch.positions, batch.slot_mapping, batch.seq_lens,
         )  # fmt: skip
-

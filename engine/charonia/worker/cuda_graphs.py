@@ -46,6 +46,20 @@ def mixed_sizes(max_num_tokens: int) -> list[int]:
     return [size for size in sizes if size <= limit]
 
 
+def dry_run_keys(max_num_seqs: int, max_num_tokens: int) -> list[GraphKey]:
+    """Shapes that reach, between them, every kernel: one per size class of the linear layers and of the batch."""
+    keys = [
+        GraphKey(size, size, True, SamplingMode.PLAIN)
+        for size in decode_sizes(max_num_seqs)
+        if size <= 128 or size == max_num_seqs
+    ]
+    keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in {min(8, max_num_seqs), max_num_seqs}]
+    for tokens in (32, 64, 96, 128, max_num_tokens):
+        size = min(tokens, max_num_tokens)
+        keys.append(GraphKey(min(max_num_seqs, size), size, False, SamplingMode.FILTERED))
+    return keys
+
+
 class StepGraphs:
     """Captures steps and replays them.
 

@@ -71,3 +71,6 @@ class LogitRules:
             additive[banned] = NEG_INF
             additive = additive.to(device)
         return cls(additive, BadWords.build(phrases, device) if phrases else None)
+
+
+NO_RULES = LogitRules(None, None)

@@ -1,10 +1,11 @@
 """Runs steps on one device: rows in, sampled tokens out."""
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from charonia_kernels import allocate_plan, append_tokens, build_plan, gather_last_rows
+from charonia_kernels import allocate_plan, append_tokens, build_plan, gather_last_rows, gpu
 
 from charonia.config import EngineConfig
 from charonia.core.step import StepPlan
@@ -13,7 +14,7 @@ from charonia.models import CausalLM
 from charonia.worker import prompt_logprobs
 from charonia.worker.attention import KVCache, PagedAttention
 from charonia.worker.batch import InputBatch, StepBuffers, StepLayout
-from charonia.worker.cuda_graphs import GraphKey, StepGraphs
+from charonia.worker.cuda_graphs import GraphKey, StepGraphs, dry_run_keys
 from charonia.worker.device_sampler import DeviceSampler
 from charonia.worker.memory import KVCacheSize, cpu_budget_bytes, gpu_budget_bytes, size_kv_cache
 from charonia.worker.results import DeviceStep, HostTokens, PendingTokens, TokenOutbox
@@ -21,7 +22,6 @@ from charonia.worker.rows import RequestRows
 from charonia.worker.sampling import Draw, HostSampler, Sampler
 from charonia.worker.sampling_mode import SamplingMode
 from charonia.worker.setup import DeviceSetup
-
 
 MIN_SHARED_KEYS = 256
 MIN_SHARING_ENTRIES = 4
@@ -71,14 +71,22 @@ class ModelRunner:
         self._last_hidden = torch.empty(0)
         if device.type == "cuda":
             self._outbox = TokenOutbox(max_num_seqs, device)
-            self._sampler = DeviceSampler(self._rows, self._outbox, max_num_seqs, device)
-            self._last_hidden = torch.zeros(max_num_seqs, model_config.hidden_size, dtype=setup.dtype, device=device)
+            self._sampler = DeviceSampler(
+                self._rows, self._outbox, max_num_seqs=max_num_seqs, vocab_size=model_config.vocab_size,
+                device=device,
+            )  # fmt: skip
+            self._last_hidden = torch.zeros(
+                max_num_seqs, model_config.hidden_size, dtype=setup.dtype, device=device
+            )
             if not config.enforce_eager:
                 self._graphs = StepGraphs(
                     self._run_shape, max_num_seqs=max_num_seqs, max_num_tokens=setup.max_num_batched_tokens,
                     device=device,
                 )  # fmt: skip
         self._cache = self._allocate_cache(1)
+        if device.type == "cuda":
+            with gpu.compile_only(os.cpu_count() or 1):
+                self._dry_run()
         self.kv_cache_size = self._size_kv_cache()
         self._cache = self._allocate_cache(self.kv_cache_size.num_blocks)
 
@@ -95,6 +103,7 @@ class ModelRunner:
         if self._outbox is not None:
             self._outbox.begin()
         rows.apply(plan)
+        self._sampler.apply(plan)
         layout = StepLayout.of(plan, rows)
         mode = self._sampler.mode()
         scores_prompt = prompt_logprobs.wanted(layout, rows)
@@ -183,7 +192,20 @@ class ModelRunner:
         )  # fmt: skip
         return draw
 
-    # ---- memory ----
+    # ---- before the first step ----
+
+    @torch.inference_mode()
+    def _dry_run(self) -> None:
+        """Launch every kernel that a step may launch, of every shape that is compiled for itself; touches no row."""
+        self._rows.dry_run()
+        keys = dry_run_keys(self._setup.max_num_seqs, self._setup.max_num_batched_tokens)
+        for key in keys:
+            self._run_shape(key)
+        batch = self._buffers.batch(min(8, self._setup.max_num_seqs), 8)
+        hidden = torch.zeros(batch.num_entries, self._model_config.hidden_size, dtype=self._setup.dtype,
+                             device=self._setup.device)  # fmt: skip
+        self._sampler.dry_run(self._model.compute_logits(hidden), batch)
+
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:
         model, setup = self._model_config, self._setup

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from charonia_kernels import Logprobs, logprobs
 
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import StepLayout
+from charonia.worker.logprobs import token_logprobs
 from charonia.worker.rows import RequestRows
 
 POSITIONS_AT_ONCE = 128
@@ -14,39 +16,11 @@ POSITIONS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, slots=True)
-class TokenScores:
-    """tmp"""
-
-    own: torch.Tensor
-    ranks: torch.Tensor
-    top_ids: torch.Tensor
-    top_values: torch.Tensor
-
-
-def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> TokenScores:
-    """tmp"""
-    scores = torch.log_softmax(logits.float(), dim=-1)
-    own = scores.gather(-1, tokens[:, None].long())
-    top = scores.topk(min(count, scores.shape[-1]), dim=-1)
-    return TokenScores(own[:, 0], (scores > own).sum(dim=-1) + 1, top.indices, top.values)
-
-
-def entries_of(scores: TokenScores, tokens: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:
-    """Bring scores of `tokens` [N] to the host, with each one's `counts[i]` most likely alternatives."""
-    token_list, own, ranks = tokens.tolist(), scores.own.tolist(), scores.ranks.tolist()
-    top_ids, top_values = scores.top_ids.tolist(), scores.top_values.tolist()
-    return [
-        TokenLogprobs([token_list[i], *top_ids[i][:k]], [own[i], *top_values[i][:k]], ranks[i])
-        for i, k in enumerate(counts)
-    ]
-
-
-@dataclass(frozen=True, slots=True)
 class _Part:
     row: int
     count: int
     tokens: torch.Tensor
-    scores: TokenScores
+    scores: Logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +59,7 @@ class PromptLogprobs:
         """By row, in the order of positions; waits for the device."""
         found: dict[int, list[TokenLogprobs]] = {}
         for part in self.parts:
-            entries = entries_of(part.scores, part.tokens, [part.count] * len(part.tokens))
+            entries = token_logprobs(part.scores, part.tokens, [part.count] * len(part.tokens))
             found.setdefault(part.row, []).extend(entries)
         return found
 

@@ -118,4 +118,3 @@ class DeviceStep:
             failed,
             self.tokens.device_seconds(),
         )
-

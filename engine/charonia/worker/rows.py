@@ -9,7 +9,7 @@ from charonia_kernels.sampling_params import NUM_PARAMS, pack
 from charonia.core.step import NewRow, StepPlan
 from charonia.sampling_params import SamplingParams
 from charonia.worker.arena import Arena, IntArray, writer_for
-from charonia.worker.logit_rules import LogitRules
+from charonia.worker.logit_rules import NO_RULES, LogitRules
 from charonia.worker.sampling_mode import SamplingMode, mode_of
 
 
@@ -17,7 +17,8 @@ from charonia.worker.sampling_mode import SamplingMode, mode_of
 class RowState:
     """What the host knows of an occupied row.
 
-    num_prompt: prompt length. rules: of the constraints on its tokens. mode: what it asks of the sampler. The rest is as
+    num_prompt: prompt length. rules: of the constraints on its
+    tokens, on a CPU (a GPU's sampler has its own). mode: what it asks of the sampler. The rest is as
     in `NewRow`.
     """
 
@@ -83,6 +84,10 @@ class RequestRows:
         """What the rows in use ask of the sampler, at most."""
         return next((mode for mode in reversed(SamplingMode) if self._modes[mode]), SamplingMode.PLAIN)
 
+    def find(self, row: int) -> RowState | None:
+        """The state of a row, or None if the row is free."""
+        return self._states[row]
+
     def apply(self, plan: StepPlan) -> None:
         """Bring the rows up to date with a plan; must run before the plan's step."""
         for row in plan.freed_rows:
@@ -110,6 +115,10 @@ class RequestRows:
         """Let work that is launched from now on see all changes."""
         self._writer.flush()
 
+    def dry_run(self) -> None:
+        """Launch what `flush` launches, without a change."""
+        self._writer.dry_run()
+
     def _enter(self, new: NewRow) -> None:
         row, offsets, writer = new.row, self._arena.offsets, self._writer
         writer.write(offsets["token_ids"] + row * self.token_ids.shape[1], new.token_ids)
@@ -125,7 +134,7 @@ class RequestRows:
             new.sampling,
             new.seed,
             new.stop_token_ids,
-            LogitRules.build(new, self._vocab_size, self.device),
+            LogitRules.build(new, self._vocab_size, self.device) if self.device.type == "cpu" else NO_RULES,
             mode,
         )
 

@@ -6,11 +6,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from charonia_kernels import Logprobs
 
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import SampledRow
 from charonia.worker.logit_rules import NEG_INF
 from charonia.worker.logits import apply_constraints, apply_penalties
+from charonia.worker.logprobs import token_logprobs
 from charonia.worker.rows import RequestRows, RowState
 
 CANDIDATES = 512
@@ -64,12 +66,7 @@ def gather_logprobs(logprobs: torch.Tensor, tokens: torch.Tensor, counts: list[i
     own = logprobs.gather(-1, tokens[:, None])
     ranks = (logprobs > own).sum(dim=-1) + 1
     top = logprobs.topk(min(max(counts), logprobs.shape[-1]), dim=-1)
-    token_list, own_list, rank_list = tokens.tolist(), own[:, 0].tolist(), ranks.tolist()
-    top_ids, top_values = top.indices.tolist(), top.values.tolist()
-    return [
-        TokenLogprobs([token_list[i], *top_ids[i][:k]], [own_list[i], *top_values[i][:k]], rank_list[i])
-        for i, k in enumerate(counts)
-    ]
+    return token_logprobs(Logprobs(own[:, 0], ranks, top.indices, top.values), tokens, counts)
 
 
 def uniform(seeds: list[int], positions: list[int]) -> npt.NDArray[np.float64]:

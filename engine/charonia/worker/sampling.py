@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from charonia.core.step import StepPlan
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import InputBatch, StepLayout
 from charonia.worker.rows import RequestRows
@@ -34,6 +35,9 @@ class Draw:
 class Sampler(Protocol):
     """Draws one token per entry of a batch."""
 
+    def apply(self, plan: StepPlan) -> None:
+        """Take note of rows that come and go, after the rows have."""
+
     def mode(self) -> SamplingMode:
         """What the rows in use ask for."""
 
@@ -42,6 +46,9 @@ class Sampler(Protocol):
 
     def draw_full(self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout) -> Draw:
         """Draw with everything that the rows ask for."""
+
+    def dry_run(self, logits: torch.Tensor, batch: InputBatch) -> None:
+        """Launch everything that `draw_full` may launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,9 @@ class HostSampler:
 
     def __init__(self, rows: RequestRows) -> None:
         self._rows = rows
+
+    def apply(self, plan: StepPlan) -> None:
+        """The rows know all that is needed."""
 
     def mode(self) -> SamplingMode:
         """Always FULL: there are no graphs to keep the host out of."""
@@ -82,3 +92,6 @@ class HostSampler:
         ok[entries] = output.usable
         by_row = {sampled[i].row: entry for i, entry in output.logprobs.items()}
         return Draw(tokens, ok, KnownLogprobs(by_row))
+
+    def dry_run(self, logits: torch.Tensor, batch: InputBatch) -> None:
+        """There is nothing to compile."""

@@ -85,7 +85,7 @@ def _resolve_device(config: EngineConfig) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device("cpu") if name == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
 
 def _resolve_kv_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:

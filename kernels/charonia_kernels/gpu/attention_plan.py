@@ -44,7 +44,7 @@ class SplitConfig:
 def split_config(num_kv_heads: int, block_size: int, device: DeviceTraits) -> SplitConfig:
     """Four programs a multiprocessor, heads included, when there are keys enough."""
     align = max(64, block_size)
-    return SplitConfig(max(1, -(-4 * device.num_sms // num_kv_heads)), max(128, align), align, 128)
+    return SplitConfig(max(1, -(-4 * device.num_sms // num_kv_heads)), 256, align, 128)
 
 
 def shared_chunks(

@@ -1,9 +1,9 @@
 """Linear layers, alone and with what stands before and after them in a transformer.
 
 Up to some rows of x a layer is bound by the stream of its weight. There kernels of our own run (`linear_vector`,
-`linear_skinny`); they take the RMSNorm in front, SiLU(gate) * up behind, or the residual's sum along. The norm costs no
+`linear_skinny`, `linear_hopper`); they take the RMSNorm in front, SiLU(gate) * up behind, or the residual's sum along. The norm costs no
 pass of its own: ``rms_norm(r) @ W.T = rsqrt(mean(r**2) + eps) * ((r * g) @ W.T)``, and the mean gathers while r streams
-by. Elsewhere PyTorch's matmul runs between kernels for the rest. `linear_config.choose` decides.
+by. Elsewhere PyTorch's matmul runs between kernels for the rest. `linear_choice.choose` decides.
 
 x ``[M, K]``, weight ``[N, K]``, bias ``[N]``: of one dtype; sums are fp32. A row's result depends on its own values and
 on M, never on other rows, and is the same each time. The kernels share a counter per device: one stream at a time.
@@ -14,15 +14,16 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from charonia_kernels.gpu import linear_hopper
 from charonia_kernels.gpu._launch import traits
 from charonia_kernels.gpu.activation import silu_mul
+from charonia_kernels.gpu.linear_choice import choose
 from charonia_kernels.gpu.linear_config import (
     CUBLAS,
     MAX_SKINNY_ROWS,
     MAX_VECTOR_ROWS,
     LinearConfig,
     Op,
-    choose,
     tile_rows,
 )
 from charonia_kernels.gpu.linear_skinny import skinny_kernel
@@ -151,7 +152,8 @@ def _config(x: torch.Tensor, weight: torch.Tensor, op: Op) -> LinearConfig:
     m, k = x.shape
     if m > MAX_SKINNY_ROWS or not weight.is_contiguous() or x.stride(1) != 1:
         return CUBLAS
-    return choose(m, weight.shape[0], k, x.dtype, traits(x.device), op)
+    bulk = linear_hopper.supported(x, weight)
+    return choose(m, weight.shape[0], k, x.dtype, traits(x.device), op, bulk=bulk)
 
 
 @cache
@@ -189,6 +191,7 @@ def _launch(
     tiles = -(-n // block_n)
     if m == 0 or n == 0:
         return
+    residual = out if add else None
     fused = {
         "NORM": norm_weight is not None,
         "GATED": gated,
@@ -199,7 +202,6 @@ def _launch(
         "num_stages": config.num_stages,
         "launch_pdl": use_pdl,
     }
-    residual = out if add else None
     if config.kind == "vector":
         if m > MAX_VECTOR_ROWS:
             raise ValueError(f"{m} rows are too many for the vector kernel")
@@ -210,14 +212,19 @@ def _launch(
         )  # fmt: skip
         return
     if m > MAX_SKINNY_ROWS or (config.split_k > 1 and tiles > MAX_SPLIT_TILES):
-        raise ValueError(f"{m} rows and {tiles} tiles are too many for the skinny kernel")
-    whole = k % (block_k * config.split_k) == 0
-    ahead = _prefetch_bytes(config, k // config.split_k * x.element_size()) if whole else 0
+        raise ValueError(f"{m} rows and {tiles} tiles are too many for the {config.kind} kernel")
     partials = arrivals = None
     if config.split_k > 1:
         slot = (block_n + (norm_weight is not None)) * block_m
         partials = torch.empty(tiles * config.split_k * slot, dtype=torch.float32, device=x.device)
         arrivals = _arrivals(x.device)
+    if config.kind == "hopper":
+        linear_hopper.launch(
+            config, x, weight, out, bias, norm_weight, residual, partials, arrivals, eps, gated, use_pdl
+        )
+        return
+    whole = k % (block_k * config.split_k) == 0
+    ahead = _prefetch_bytes(config, k // config.split_k * x.element_size()) if whole else 0
     skinny_kernel[(tiles * config.split_k,)](
         x, norm_weight, weight, bias, residual, out, partials, arrivals, m, n, k, x.stride(0), out.stride(0), eps,
         block_m, block_n, block_k, config.split_k, ahead, whole, **fused,

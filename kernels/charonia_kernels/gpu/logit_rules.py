@@ -88,14 +88,14 @@ def _bad_words(row_logits, words, length, row_tokens, num_tokens, num_output, BL
         _exclude(row_logits, tl.load(words + start + prefix, mask=match, other=0), match)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "seq_lens", "token_ids", "params", "records", "pool"])
 def logit_rules_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,
     rows,
     seq_lens,
     token_ids,
-    params,
+    row_params,
     records,
     pool,
     # scalars
@@ -122,11 +122,11 @@ def logit_rules_kernel(  # type: ignore[no-untyped-def]
     elif (kind == STOP) | (kind == BAD_WORDS):
         row = tl.load(rows + entry).to(tl.int64)
         num_tokens = tl.load(seq_lens + entry)
-        num_output = num_tokens - tl.load(params + row * NUM_PARAMS + NUM_PROMPT)
+        num_output = num_tokens - tl.load(row_params + row * NUM_PARAMS + NUM_PROMPT)
         if kind == BAD_WORDS:
             row_tokens = token_ids + row * token_stride
             _bad_words(row_logits, words, length, row_tokens, num_tokens, num_output, BLOCK)
-        elif num_output < tl.load(params + row * NUM_PARAMS + MIN_TOKENS):
+        elif num_output < tl.load(row_params + row * NUM_PARAMS + MIN_TOKENS):
             _listed(row_logits, words, kind, length, BLOCK)
 
 

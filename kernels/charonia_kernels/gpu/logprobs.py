@@ -7,24 +7,12 @@ import triton
 import triton.language as tl
 
 from charonia_kernels.gpu._launch import DeviceTraits, gdc_launch_dependents, gdc_wait, traits
+from charonia_kernels.reference.logprobs import Logprobs
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NUM_STATS = tl.constexpr(3)
 """Words that a chunk reports: largest logit, sum of exp(logit - largest), number of logits above the chosen token's."""
-
-
-@dataclass(frozen=True, slots=True)
-class Logprobs:
-    """own: ``[N]`` fp32. rank: ``[N]`` int32, 1 for the most likely token.
-
-    top_ids: ``[N, k]`` int32, most likely first. top_values: ``[N, k]`` fp32.
-    """
-
-    own: torch.Tensor
-    rank: torch.Tensor
-    top_ids: torch.Tensor
-    top_values: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +29,7 @@ def logprobs_config(device: DeviceTraits) -> LogprobsConfig:
     return LogprobsConfig(4096, 4, device.has_pdl)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens"])
 def logprobs_chunk_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,
@@ -70,7 +58,7 @@ def logprobs_chunk_kernel(  # type: ignore[no-untyped-def]
     tl.store(report + 2, tl.sum((x > own).to(tl.int32), axis=0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tokens", "own", "rank", "normaliser"])
 def logprobs_combine_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,
@@ -127,7 +115,8 @@ def logprobs(
         )
     count, vocab = logits.shape
     device = logits.device
-    own, normaliser = torch.empty((2, count), dtype=torch.float32, device=device)
+    own = torch.empty(count, dtype=torch.float32, device=device)
+    normaliser = torch.empty_like(own)
     rank = torch.empty(count, dtype=torch.int32, device=device)
     k = min(max_count, vocab)
     if count > 0:

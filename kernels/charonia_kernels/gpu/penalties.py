@@ -80,14 +80,17 @@ def _penalise(  # type: ignore[no-untyped-def]
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(
+    do_not_specialize=["batch"],
+    do_not_specialize_on_alignment=["rows", "seq_lens", "token_ids", "params", "counts"],
+)
 def penalties_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,
     rows,
     seq_lens,
     token_ids,
-    params,
+    row_params,
     counts,
     # scalars
     logits_stride,
@@ -106,12 +109,12 @@ def penalties_kernel(  # type: ignore[no-untyped-def]
     table = counts + program.to(tl.int64) * counts_stride
     for entry in range(program, batch, tl.num_programs(0)):
         row = tl.load(rows + entry).to(tl.int64)
-        repetition = row_float(params, row, REPETITION)
-        frequency = row_float(params, row, FREQUENCY)
-        presence = row_float(params, row, PRESENCE)
+        repetition = row_float(row_params, row, REPETITION)
+        frequency = row_float(row_params, row, FREQUENCY)
+        presence = row_float(row_params, row, PRESENCE)
         if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
             length = tl.minimum(tl.load(seq_lens + entry), token_stride)
-            num_prompt = tl.minimum(tl.load(params + row * NUM_PARAMS + NUM_PROMPT), length)
+            num_prompt = tl.minimum(tl.load(row_params + row * NUM_PARAMS + NUM_PROMPT), length)
             first = tl.where(repetition != 1.0, 0, num_prompt)
             row_logits = logits + tl.cast(entry, tl.int64) * logits_stride
             row_tokens = token_ids + row * token_stride

@@ -82,9 +82,9 @@ def sample_config(batch: int, vocab: int, device: DeviceTraits, programs_per_sm:
 
 
 @triton.jit
-def row_float(params, row, COLUMN: tl.constexpr):  # type: ignore[no-untyped-def]
+def row_float(row_params, row, COLUMN: tl.constexpr):  # type: ignore[no-untyped-def]
     """An fp32 parameter of a row."""
-    return tl.load(params + row * NUM_PARAMS + COLUMN).to(tl.float32, bitcast=True)
+    return tl.load(row_params + row * NUM_PARAMS + COLUMN).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -177,13 +177,17 @@ def _best_of(row_logits, first, end, vocab, inverse, position, key_lo, key_hi, c
     return best, token, bad
 
 
-@triton.jit(do_not_specialize=["tiles"])
+SCALARS = ("rows", "seq_lens", "row_params", "thresholds", "best", "arrived", "tokens", "ok")
+"""Read and written one word at a time: views with any offset may come, and one compilation has to serve them all."""
+
+
+@triton.jit(do_not_specialize=["tiles"], do_not_specialize_on_alignment=SCALARS)
 def sample_kernel(  # type: ignore[no-untyped-def]
     # pointers; thresholds may be None
     logits,
     rows,
     seq_lens,
-    params,
+    row_params,
     thresholds,
     best,
     arrived,
@@ -201,10 +205,10 @@ def sample_kernel(  # type: ignore[no-untyped-def]
     gdc_wait(USE_PDL)
     entry = tl.program_id(1)
     row = tl.load(rows + entry).to(tl.int64)
-    drawn = row_float(params, row, TEMPERATURE) > 0
-    inverse = row_float(params, row, INVERSE_TEMPERATURE)
-    key_lo = tl.load(params + row * NUM_PARAMS + SEED_LO).to(tl.uint32, bitcast=True)
-    key_hi = tl.load(params + row * NUM_PARAMS + SEED_HI).to(tl.uint32, bitcast=True)
+    drawn = row_float(row_params, row, TEMPERATURE) > 0
+    inverse = row_float(row_params, row, INVERSE_TEMPERATURE)
+    key_lo = tl.load(row_params + row * NUM_PARAMS + SEED_LO).to(tl.uint32, bitcast=True)
+    key_hi = tl.load(row_params + row * NUM_PARAMS + SEED_HI).to(tl.uint32, bitcast=True)
     position = tl.load(seq_lens + entry).to(tl.uint32, bitcast=True)
     cut = tl.full((), float("-inf"), tl.float32)
     if thresholds is not None:
@@ -273,8 +277,8 @@ def sample(
     if seq_lens.shape != rows.shape or (thresholds is not None and thresholds.shape != rows.shape):
         raise ValueError(f"sample: seq_lens and thresholds must have {batch} elements")
     if out is None:
-        empty = torch.empty((2, batch), dtype=torch.int32, device=logits.device)
-        out = SampledTokens(empty[0], empty[1])
+        tokens, ok = (torch.empty(batch, dtype=torch.int32, device=logits.device) for _ in range(2))
+        out = SampledTokens(tokens, ok)
     if len(out.tokens) < batch or len(out.ok) < batch:
         raise ValueError(f"sample: out has room for fewer than {batch} entries")
     if batch == 0:

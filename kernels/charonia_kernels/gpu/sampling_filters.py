@@ -75,13 +75,13 @@ def filter_config(vocab: int, device: DeviceTraits) -> FilterConfig:
 
 
 @triton.jit
-def _filters(params, row, vocab):  # type: ignore[no-untyped-def]
+def _filters(row_params, row, vocab):  # type: ignore[no-untyped-def]
     """(top_k or 0, top_p, log_min_p) of a row; 0, 1, -inf if it is greedy."""
-    drawn = row_float(params, row, TEMPERATURE) > 0
-    top_k = tl.load(params + row * NUM_PARAMS + TOP_K)
+    drawn = row_float(row_params, row, TEMPERATURE) > 0
+    top_k = tl.load(row_params + row * NUM_PARAMS + TOP_K)
     top_k = tl.where(drawn & (top_k < vocab), top_k, 0)
-    top_p = tl.where(drawn, row_float(params, row, TOP_P), 1.0)
-    log_min_p = tl.where(drawn, row_float(params, row, LOG_MIN_P), float("-inf"))
+    top_p = tl.where(drawn, row_float(row_params, row, TOP_P), 1.0)
+    log_min_p = tl.where(drawn, row_float(row_params, row, LOG_MIN_P), float("-inf"))
     return top_k, top_p, log_min_p
 
 
@@ -194,12 +194,12 @@ def _floor(values, top, low, count, KEEP: tl.constexpr):  # type: ignore[no-unty
     return floor
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "params"])
 def filter_chunk_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,
     rows,
-    params,
+    row_params,
     candidates,
     stats,
     # scalars
@@ -215,9 +215,9 @@ def filter_chunk_kernel(  # type: ignore[no-untyped-def]
     gdc_wait(USE_PDL)
     chunk, entry = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + entry).to(tl.int64)
-    top_k, top_p, log_min_p = _filters(params, row, vocab)
+    top_k, top_p, log_min_p = _filters(row_params, row, vocab)
     if (top_k > 0) | (top_p < 1.0) | (log_min_p > float("-inf")):
-        inverse = row_float(params, row, INVERSE_TEMPERATURE)
+        inverse = row_float(row_params, row, INVERSE_TEMPERATURE)
         ids = chunk * CHUNK + tl.arange(0, CHUNK)
         values = _scaled(logits + entry.to(tl.int64) * stride, ids, vocab, inverse)
         finite = values > float("-inf")
@@ -277,12 +277,12 @@ def _search_candidates(values, top, floor, cut, total, top_k, top_p):  # type: i
     return threshold, certain
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "params", "thresholds"])
 def filter_search_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,
     rows,
-    params,
+    row_params,
     candidates,
     stats,
     thresholds,
@@ -301,8 +301,8 @@ def filter_search_kernel(  # type: ignore[no-untyped-def]
     gdc_wait(USE_PDL)
     entry = tl.program_id(0)
     row = tl.load(rows + entry).to(tl.int64)
-    top_k, top_p, log_min_p = _filters(params, row, vocab)
-    inverse = row_float(params, row, INVERSE_TEMPERATURE)
+    top_k, top_p, log_min_p = _filters(row_params, row, vocab)
+    inverse = row_float(row_params, row, INVERSE_TEMPERATURE)
     threshold = tl.full((), float("-inf"), tl.float32)
     if (top_k > 0) | (top_p < 1.0) | (log_min_p > float("-inf")):
         base = entry.to(tl.int64) * chunks

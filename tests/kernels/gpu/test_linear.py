@@ -6,7 +6,8 @@ import support.interpreter_floats
 import support.interpreter_products  # noqa: F401
 import torch
 from charonia_kernels.gpu._launch import H100, DeviceTraits
-from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, choose
+from charonia_kernels.gpu.linear_choice import choose
+from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig
 from support.gpu_kernels import DEVICE
 from support.kernel_checks import assert_close, poison
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from charonia_kernels.gpu._launch import DeviceTraits
 from charonia_kernels.gpu.linear import _prefetch_bytes
-from charonia_kernels.gpu.linear_config import LinearConfig, Op, choose, tile_rows
+from charonia_kernels.gpu.linear_choice import choose
+from charonia_kernels.gpu.linear_config import LinearConfig, Op, tile_rows
 from charonia_kernels.gpu.linear_skinny import skinny_kernel
 from charonia_kernels.gpu.linear_vector import vector_kernel
 from support.aot import MAX_SHARED_BYTES, AotCase

@@ -21,7 +21,7 @@ def cases() -> Iterator[AotCase]:
 
 
 def sampling(dtype: str) -> Iterator[AotCase]:
-    pointers = {"logits": f"*{dtype}", **dict.fromkeys(("rows", "seq_lens", "params"), "*i32")}
+    pointers = {"logits": f"*{dtype}", **dict.fromkeys(("rows", "seq_lens", "row_params"), "*i32")}
     rest = {
         "best": "*i64", "arrived": "*i32", "tokens": "*i32", "ok": "*i32",
         "stride": "i32", "vocab": "i32", "tiles": "i32",
@@ -45,7 +45,7 @@ def filters(dtype: str, vocab: int) -> Iterator[AotCase]:
     config = filter_config(vocab, H100)
     chunks = -(-vocab // config.chunk)
     pointers = {
-        "logits": f"*{dtype}", "rows": "*i32", "params": "*i32", "candidates": "*fp32", "stats": "*fp32",
+        "logits": f"*{dtype}", "rows": "*i32", "row_params": "*i32", "candidates": "*fp32", "stats": "*fp32",
     }  # fmt: skip
     scalars = {"stride": "i32", "vocab": "i32"}
     constexprs = {"KEEP": config.keep, "USE_PDL": False}
@@ -64,7 +64,7 @@ def filters(dtype: str, vocab: int) -> Iterator[AotCase]:
 
 def changes() -> Iterator[AotCase]:
     """Penalties and rules; both work on fp32 logits."""
-    rows = dict.fromkeys(("rows", "seq_lens", "token_ids", "params"), "*i32")
+    rows = dict.fromkeys(("rows", "seq_lens", "token_ids", "row_params"), "*i32")
     penalties = penalty_config(64, 64, H100)
     yield AotCase(
         "penalties", penalties_kernel,
