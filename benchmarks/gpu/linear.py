@@ -3,16 +3,20 @@
     PYTHONPATH=engine:kernels:client:tests python benchmarks/gpu/linear.py --out linear.json
 
 Every configuration is checked against fp32 before it is timed; a wrong or failing one is reported and passed over.
-`--chains-only` takes the configurations from `linear_choice.choose`. The last lines are ready for its table.
+`--kinds hopper` sweeps that kernel alone against the present choices; a process of its own checks it first, under a
+time limit, since a wrong barrier hangs. `--chains-only` takes the configurations from `linear_choice.choose`. The last
+lines are ready for its table.
 """
 
 import argparse
 import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import pairwise
@@ -22,141 +26,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from charonia_kernels.gpu._launch import H100, INTERPRETED, traits
-from charonia_kernels.gpu.linear_choice import choose
-from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, tile_rows
+from charonia_kernels.gpu._launch import INTERPRETED, traits
+from charonia_kernels.gpu.linear_choice import has_hopper_kernel
+from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, hopper_config, tile_rows
+from linear_candidates import DEVICE, MODELS, TINY, Layer, Model, candidates, label, present_choice
 
 if INTERPRETED:  # for --dry-run
     import_module("support.interpreter_floats")
     import_module("support.interpreter_products")
 ops: Any = import_module("charonia_kernels.gpu.linear")
 
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EPS = 1e-5
 BANDWIDTH = 2.97e12
 ROWS = (1, 8, 64, 16, 4, 32, 2, 48, 128, 96)  # what counts most comes first
+HOPPER_ROWS = (8, 64, 32, 16, 128, 96)
 CHAIN_ROWS = (1, 8, 64)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A weight [n, k] and what is done with it."""
-
-    name: str
-    op: Op
-    n: int
-    k: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Of the weight."""
-        return 2 * self.n * self.k
-
-
-@dataclass(frozen=True)
-class Model:
-    """The layers of a decoder in order, qkv, o, gate_up, down; then the head."""
-
-    num_layers: int
-    layers: tuple[Layer, ...]
-    head: Layer
-
-
-def model(num_layers: int, hidden: int, heads: int, inner: int, vocabulary: int, qkv: int) -> Model:
-    """A decoder of these widths; heads is the width of the queries."""
-    return Model(
-        num_layers,
-        (
-            Layer("qkv", "norm_linear", qkv, hidden),
-            Layer("o", "linear_add", hidden, heads),
-            Layer("gate_up", "norm_linear_silu_mul", 2 * inner, hidden),
-            Layer("down", "linear_add", hidden, inner),
-        ),
-        Layer("lm_head", "norm_linear", vocabulary, hidden),
-    )
-
-
-MODELS = {
-    "llama8b": model(32, 4096, 4096, 14336, 128256, 6144),
-    "qwen06b": model(28, 1024, 2048, 3072, 151936, 4096),
-}
-TINY = {"tiny": model(2, 64, 128, 96, 160, 256)}
-
-
-# ---------------------------------------------------------------------------------------------------- candidates
-
-VECTOR = (  # block_n, block_k, num_warps, prefetch
-    (1, 2048, 4, 4096), (2, 2048, 4, 4096), (2, 2048, 4, 0), (4, 2048, 8, 4096), (2, 1024, 4, 4096),
-    (4, 1024, 4, 4096), (8, 1024, 4, 4096), (2, 512, 2, 1024), (4, 512, 2, 1024), (8, 512, 2, 1024),
-    (16, 256, 1, 1024),
-)  # fmt: skip
-SKINNY = (  # block_n, block_k, num_warps, num_stages, prefetch
-    (16, 256, 4, 6, 2048), (32, 256, 4, 4, 2048), (32, 128, 4, 6, 2048), (64, 128, 4, 3, 2048),
-    (64, 128, 4, 5, 2048), (64, 128, 4, 5, 0), (64, 256, 4, 3, 2048), (64, 64, 4, 6, 2048),
-    (128, 64, 4, 5, 1024), (128, 64, 8, 5, 1024), (128, 128, 8, 3, 1024),
-)  # fmt: skip
-
-
-def vector_candidates(layer: Layer, m: int) -> list[LinearConfig]:
-    """Configurations whose sums fit a thread's registers."""
-    found = []
-    for block_n, block_k, num_warps, prefetch in VECTOR:
-        config = LinearConfig("vector", block_n, block_k, num_warps=num_warps, prefetch=prefetch)
-        sums = tile_rows(config, m) * block_n * max(1, block_k // (256 * num_warps))
-        if sums > 32 or block_k > layer.k or (layer.op == "norm_linear_silu_mul" and block_n < 2):
-            continue
-        if layer.k % block_k and block_k > 1024:
-            continue
-        found.append(config)
-    return found
-
-
-def skinny_candidates(layer: Layer, m: int) -> list[LinearConfig]:
-    """Configurations that fit shared memory and give the device enough to do."""
-    found = []
-    for block_n, block_k, num_warps, num_stages, prefetch in SKINNY:
-        tiles = math.ceil(layer.n / block_n)
-        if (block_n == 128 and m <= 16) or (block_n < 64 and m > 64) or (block_n == 16 and tiles > 800):
-            continue
-        for split_k in (1, 2, 4, 8):
-            programs = tiles * split_k
-            if split_k > 1 and (programs > 300 or layer.k // split_k < 512 or layer.k % (split_k * block_k)):
-                continue
-            if programs < min(64, H100.num_sms * layer.n // 2048) or (split_k > 2 and programs > 150):
-                continue
-            config = LinearConfig("skinny", block_n, block_k, split_k, num_warps, num_stages, prefetch, 16)
-            if config.shared_bytes(m, 2) < traits(DEVICE).max_shared_bytes - 2048:
-                found.append(config)
-    if m == 8:  # mma.m16n8k16 instead of wgmma
-        found += [replace(config, block_m=8) for config in found if config.block_k == 256]
-    if layer.op.startswith("norm") and m >= 16:
-        shapes = {(64, 128), (128, 64)}
-        found += [
-            replace(c, fuse_norm=False)
-            for c in found
-            if c.split_k == 1 and (c.block_n, c.block_k) in shapes and c.prefetch and c.num_stages == 5
-        ]
-    return found
-
-
-def candidates(layer: Layer, m: int) -> list[LinearConfig]:
-    """All that may be worth timing for `m` rows, cuBLAS first."""
-    found = [CUBLAS]
-    if m <= 8:
-        found += vector_candidates(layer, m)
-    if m >= 4:
-        skinny = skinny_candidates(layer, m)
-        found += skinny if m > 4 else [c for c in skinny if c.block_n == 64 and c.num_stages >= 5]
-    return found
-
-
-def label(config: LinearConfig) -> str:
-    """A short name, such as skinny-64x128/2 w4 s5 p2048."""
-    if config.kind == "cublas":
-        return "cublas"
-    text = f"{config.kind}-{config.block_n}x{config.block_k}/{config.split_k} w{config.num_warps}"
-    text += f" s{config.num_stages} m{config.block_m}" if config.kind == "skinny" else ""
-    return f"{text} p{config.prefetch}" + ("" if config.fuse_norm else " own-norm")
+OPS: tuple[Op, ...] = ("linear", "norm_linear", "norm_linear_silu_mul", "linear_add")
 
 
 # ------------------------------------------------------------------------------------------------- running an op
@@ -258,28 +143,132 @@ def compile_key(job: tuple[Layer, int, LinearConfig]) -> tuple[Any, ...]:
         *(layer.op.endswith(x) for x in ("silu_mul", "add")),
     )
     own = replace(config, block_m=tile_rows(config, m), prefetch=0, fuse_norm=False)
+    if config.kind == "hopper":
+        return own, fused, layer.k
     if config.kind == "vector":
         return own, fused, ops._prefetch_bytes(config, 2 * (layer.k - config.block_k)), layer.k
     whole = layer.k % (config.block_k * config.split_k) == 0
     return own, fused, ops._prefetch_bytes(config, 2 * layer.k // config.split_k) if whole else 0, whole
 
 
-def compile_all(jobs: list[tuple[Layer, int, LinearConfig]], workers: int) -> dict[tuple[Any, ...], str]:
-    """Compile side by side, in processes of their own. Returns what failed."""
+def compile_all(
+    jobs: list[tuple[Layer, int, LinearConfig]], workers: int, limit_s: float
+) -> dict[tuple[Any, ...], str]:
+    """Compile side by side, in processes of their own. Returns what failed, or has not ended when time is up."""
     unique = {compile_key(job): job for job in jobs if job[2].kind != "cublas"}
     failures: dict[tuple[Any, ...], str] = {}
     if workers == 0:
         return failures
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(compile_one, job): key for key, job in unique.items()}
-        for future in as_completed(futures):
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    futures = {pool.submit(compile_one, job): key for key, job in unique.items()}
+    try:
+        for future in as_completed(futures, timeout=limit_s):
             try:
                 problem = future.result()
             except Exception as broken:
                 problem = repr(broken)
             if problem:
                 failures[futures[future]] = problem
+    except TimeoutError:
+        late = [key for future, key in futures.items() if not future.done()]
+        print(f"{len(late)} of {len(futures)} kernels are not compiled after {limit_s:.0f} s", flush=True)
+        failures |= dict.fromkeys(late, "not compiled in time, or hangs")
+        for process in list(pool._processes.values()):
+            process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
     return failures
+
+
+# ---------------------------------------------------------------------------------------------- check of "hopper"
+
+
+def check_jobs() -> list[tuple[Layer, int, LinearConfig]]:
+    """Every way through the kernel, at sizes that fill no tile, nor always end with one."""
+    wanted: list[tuple[Layer, int, LinearConfig | None]] = []
+    for op in OPS:
+        n = 2016 if op == "norm_linear_silu_mul" else 1008
+        fuse = op.startswith("norm")
+        for k in (1024, 1096):
+            layer = Layer("check", op, n, k)
+            for m in (5, 16, 64, 100):
+                wanted += [
+                    (layer, m, hopper_config(m, k, 64, 64, 1, fuse_norm=fuse)),
+                    (layer, m, hopper_config(m, k, 64, 64 if m > 64 else 128, 2, fuse_norm=fuse, per_sm=3)),
+                    (
+                        layer,
+                        m,
+                        hopper_config(m, k, 128, 64, 4, fuse_norm=fuse, num_warps=8 if m > 64 else 4),
+                    ),
+                    (layer, m, hopper_config(m, k, 128, 64, 2, fuse_norm=False, num_warps=8)),
+                ]
+            wanted += [
+                (layer, 40, hopper_config(40, k, 32, 128, 1, fuse_norm=fuse, x_major=True)),
+                (layer, 64, hopper_config(64, k, 32, 64, 4, fuse_norm=fuse, x_major=True)),
+            ]
+    wanted.append(
+        (
+            Layer("check", "norm_linear_silu_mul", 2016, 4096),
+            64,
+            hopper_config(64, 4096, 128, 64, 1, fuse_norm=True),
+        )
+    )
+    wanted.append(
+        (Layer("check", "linear_add", 1008, 14336), 8, hopper_config(8, 14336, 64, 128, 4, fuse_norm=False))
+    )
+    return [(layer, m, config) for layer, m, config in wanted if config is not None]
+
+
+def verdict(layer: Layer, m: int, config: LinearConfig) -> str:
+    """What is wrong with a configuration, compared with fp32 and with itself, in graphs with and without PDL; or ''."""
+    weight = torch.randn(layer.n, layer.k, dtype=torch.bfloat16, device=DEVICE) * 0.02
+    given = inputs(layer, m, layer.n)
+    before = given.residual.clone()
+    first = run(layer.op, config, given, weight).clone()
+    given.residual.copy_(before)
+    worst = error(first, expected(layer.op, given, weight))
+    if worst > 1:
+        return f"error {worst:.2f}"
+    for pdl in (True, False):
+        results: list[torch.Tensor] = []
+
+        def body(pdl: bool = pdl, results: list[torch.Tensor] = results) -> None:
+            results.clear()
+            for _ in range(4):
+                given.residual.copy_(before)
+                results.append(run(layer.op, config, given, weight, pdl).clone())
+
+        graph_seconds(body, 4)
+        if not all(torch.equal(result, first) for result in results):
+            return f"not the same each time, PDL {pdl}"
+    return ""
+
+
+def check() -> bool:
+    """Try all of `check_jobs`; prints what is wrong."""
+    jobs = check_jobs()
+    with ThreadPoolExecutor(8) as pool:
+        problems = list(pool.map(compile_one, jobs))
+    bad = 0
+    for job, problem in zip(jobs, problems, strict=True):
+        wrong = problem or verdict(*job)
+        if wrong:
+            bad += 1
+            layer, m, config = job
+            print(f"  {layer.op} {layer.n}x{layer.k} M={m} {label(config)}: {wrong}", flush=True)
+    print(f"  {len(jobs) - bad} of {len(jobs)} are sound", flush=True)
+    return bad == 0
+
+
+def ended_in_time(process: subprocess.Popen[str], limit_s: float) -> bool:
+    """Wait for the check, show what it says; False if it had to be ended."""
+    try:
+        text, _ = process.communicate(timeout=max(1.0, limit_s))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text, _ = process.communicate()
+        text += "\n  HANGS, killed: no configuration of hopper is timed"
+    print("check of hopper:", *text.splitlines()[-25:], sep="\n", flush=True)
+    return "HANGS" not in text
 
 
 # --------------------------------------------------------------------------------------------------------- sweep
@@ -314,14 +303,19 @@ def time_one(
 
 
 def sweep_layer(
-    name: str, layer: Layer, m: int, weights: Weights, failures: dict[tuple[Any, ...], str]
+    name: str,
+    layer: Layer,
+    m: int,
+    kinds: frozenset[str],
+    weights: Weights,
+    failures: dict[tuple[Any, ...], str],
 ) -> list[dict[str, Any]]:
     """All candidates for a layer and `m` rows, the fastest first; prints a line."""
     copies, given = weights.copies(layer), inputs(layer, m, layer.n)
     reference = expected(layer.op, given, copies[0])
     plain = graph_seconds(lambda: [F.linear(given.x, weight) for weight in copies], len(copies))
     rows = []
-    for config in candidates(layer, m):
+    for config in candidates(layer, m, kinds):
         problem = failures.get(compile_key((layer, m, config)), "") if config.kind != "cublas" else ""
         row: dict[str, Any] = {"label": label(config), "config": asdict(config), "problem": problem}
         if not problem:
@@ -436,9 +430,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for all rows")
     parser.add_argument("--models", default="llama8b,qwen06b", help="of llama8b, qwen06b")
     parser.add_argument("--shapes", default="", help="layers to sweep, such as o,down (all)")
+    parser.add_argument("--kinds", default="vector,skinny,hopper", help="kernels to sweep")
+    parser.add_argument("--rows", default="", help="values of M, the most important first")
     parser.add_argument(
-        "--rows", default=",".join(map(str, ROWS)), help="values of M, the most important first"
+        "--check", action="store_true", help="only check the kernel for Hopper, in this process"
     )
+    parser.add_argument("--check-limit", type=float, default=60, help="seconds after which the check hangs")
     parser.add_argument("--seconds", type=float, default=60, help="start no further sweep after so long")
     parser.add_argument("--workers", type=int, default=16, help="processes that compile; 0 for none")
     parser.add_argument("--chains-only", action="store_true")
@@ -447,9 +444,14 @@ def main() -> None:
     args = parser.parse_args()
     models = TINY if args.dry_run else {name: MODELS[name] for name in args.models.split(",")}
     wanted = set(filter(None, args.shapes.split(",")))
-    every_m = [int(m) for m in args.rows.split(",")]
+    kinds = frozenset(args.kinds.split(","))
+    every_m = [int(m) for m in filter(None, args.rows.split(","))] or (
+        HOPPER_ROWS if kinds == {"hopper"} else ROWS
+    )
     start = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
+    if args.check:
+        sys.exit(0 if check() else 1)
     layers = [
         (name, layer)
         for name, shape in models.items()
@@ -459,8 +461,22 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     if not args.chains_only:
-        jobs = [(layer, m, config) for m in every_m for _, layer in layers for config in candidates(layer, m)]
-        failures = compile_all(jobs, min(args.workers, 1) if args.dry_run else args.workers)
+        checking = None
+        if "hopper" in kinds and has_hopper_kernel(traits(DEVICE)):
+            command = [sys.executable, __file__, "--check"]
+            checking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        jobs = [
+            (layer, m, config)
+            for m in every_m
+            for _, layer in layers
+            for config in candidates(layer, m, kinds)
+        ]
+        workers = min(args.workers, 1) if args.dry_run else args.workers
+        failures = compile_all(jobs, workers, args.seconds)
+        if checking is not None and not ended_in_time(
+            checking, start + args.check_limit - time.perf_counter()
+        ):
+            kinds -= {"hopper"}
         print(f"{len(jobs)} timings; compiled in {time.perf_counter() - start:.0f} s", flush=True)
         weights = Weights(max(256 * 2**20 if not args.dry_run else 0, *(x.n * x.k for _, x in layers)))
         for m in every_m:
@@ -468,7 +484,7 @@ def main() -> None:
                 if time.perf_counter() - start > args.seconds:
                     print(f"{name} {layer.name} M={m}: no time left", flush=True)
                     continue
-                rows += sweep_layer(name, layer, m, weights, failures)
+                rows += sweep_layer(name, layer, m, kinds, weights, failures)
         del weights
         print(f"swept in {time.perf_counter() - start:.0f} s", flush=True)
 
@@ -481,7 +497,7 @@ def main() -> None:
         timed = [row for row in found if "us" in row]
         if timed:
             return LinearConfig(**min(timed, key=lambda row: row["us"])["config"])
-        return choose(m, layer.n, layer.k, torch.bfloat16, traits(DEVICE), layer.op)
+        return present_choice(layer, m)
 
     chains: list[dict[str, Any]] = []
     if not args.no_chains:

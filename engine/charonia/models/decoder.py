@@ -10,6 +10,7 @@ fuse the three.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -83,6 +84,8 @@ class GatedMLP:
 class DecoderLayer(Protocol):
     """One layer of the stack."""
 
+    attention: Attention
+
     def __call__(self, residual: torch.Tensor, positions: torch.Tensor, attn: AttentionContext) -> None:
         """Add what the layer's blocks bring to `residual [T, H]`, in place."""
         ...
@@ -143,6 +146,11 @@ class CausalLM:
         for layer in self.layers:
             layer(residual, positions, attn)
         return residual
+
+    def sketch(self) -> "CausalLM":
+        """The same model with one layer of each kind: it launches whatever kernels the whole one launches."""
+        kinds = {replace(layer.attention.spec, layer_idx=0): layer for layer in reversed(self.layers)}
+        return CausalLM(self.embed_tokens, list(kinds.values()), self.norm, self.lm_head, self.final_soft_cap)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, H]` hidden states to `[N, vocab_size]` logits, in the model's dtype."""

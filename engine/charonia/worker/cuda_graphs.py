@@ -15,9 +15,10 @@ import torch
 from charonia.worker.batch import StepLayout
 from charonia.worker.sampling_mode import SamplingMode
 
-MAX_MIXED_TOKENS = 2048
-"""Steps with chunks of up to so many tokens run as graphs; beyond, launching keeps pace with the GPU anyway."""
-_MIXED_ENTRIES = (32, 128, 256, 512, 1024)
+MAX_PADDING = 0.15
+FREE_PADDING = 1024
+"""Steps of more tokens that would be padded by a larger share are launched kernel by kernel instead."""
+_MIXED_ENTRIES = (128, 512, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,26 +35,33 @@ class GraphKey:
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Padded batch sizes of decode steps: fine where a step's time follows the batch, coarser above."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32), *range(1024, 8193, 256)]
+    """Padded batch sizes of decode steps: fine where a step's time follows the batch, coarser above.
+
+    From 256 on they are multiples of a matrix tile's 128 rows, or half of one: cuBLAS is slower at 448 rows than at 512.
+    """
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), 256, 320, *range(384, 1025, 128)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
 def mixed_sizes(max_num_tokens: int) -> list[int]:
-    """Padded token counts of steps with chunks."""
-    sizes = [*range(32, 256, 32), *range(256, 1024, 64), *range(1024, MAX_MIXED_TOKENS + 1, 128)]
-    limit = min(max_num_tokens, MAX_MIXED_TOKENS)
-    return [size for size in sizes if size <= limit]
+    """Padded token counts of steps with chunks, and the token budget: full steps are not padded.
+
+    Matrix products take 128 rows at a time in any case, and below 512 rows their time is the weights'.
+    """
+    sizes = [*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4097, 256)]
+    return [size for size in sizes if size < max_num_tokens] + [max_num_tokens]
 
 
-def dry_run_keys(max_num_seqs: int, max_num_tokens: int) -> list[GraphKey]:
+def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) -> list[GraphKey]:
     """Shapes that reach, between them, every kernel: one per size class of the linear layers and of the batch."""
     keys = [
         GraphKey(size, size, True, SamplingMode.PLAIN)
         for size in decode_sizes(max_num_seqs)
         if size <= 128 or size == max_num_seqs
     ]
-    keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in {min(8, max_num_seqs), max_num_seqs}]
+    if shares_prefix:
+        sizes = {min(size, max_num_seqs) for size in (8, 64, 256, max_num_seqs)}
+        keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in sizes]
     for tokens in (32, 64, 96, 128, max_num_tokens):
         size = min(tokens, max_num_tokens)
         keys.append(GraphKey(min(max_num_seqs, size), size, False, SamplingMode.FILTERED))
@@ -83,26 +91,27 @@ class StepGraphs:
         return len(self._graphs)
 
     def key_for(self, layout: StepLayout, mode: SamplingMode, shares_prefix: bool) -> GraphKey | None:
-        """The graph that can run a step; None for steps that are too large."""
+        """The graph that can run a step; None if it would compute too much padding."""
         entries, tokens = layout.num_entries, layout.num_tokens
         if layout.decodes_only:
             size = _at_least(self._decode_sizes, entries)
             return GraphKey(size, size, True, mode, shares_prefix)
-        if tokens > (self._mixed_sizes[-1] if self._mixed_sizes else 0):
+        size = _at_least(self._mixed_sizes, tokens)
+        if size > tokens * (1 + MAX_PADDING) and tokens > FREE_PADDING:
             return None
-        entries, tokens = _at_least(self._mixed_entries, entries), _at_least(self._mixed_sizes, tokens)
+        tokens = size
+        entries = min(_at_least(self._mixed_entries, entries), tokens)
         return GraphKey(entries, tokens, False, mode, shares_prefix)
 
     def keys(self, mode: SamplingMode) -> list[GraphKey]:
         """Every key of a mode, largest first."""
-        mixed = [
-            GraphKey(entries, tokens, False, mode)
-            for tokens in reversed(self._mixed_sizes)
-            for entries in reversed(self._mixed_entries)
-            if entries <= max(tokens, self._mixed_entries[0])
-        ]
-        decodes = [GraphKey(size, size, True, mode) for size in reversed(self._decode_sizes)]
-        return sorted(mixed + decodes, key=lambda key: (-key.num_tokens, -key.num_entries))
+        mixed = {
+            GraphKey(min(entries, tokens), tokens, False, mode)
+            for tokens in self._mixed_sizes
+            for entries in self._mixed_entries
+        }
+        decodes = {GraphKey(size, size, True, mode) for size in self._decode_sizes}
+        return sorted(mixed | decodes, key=lambda key: (-key.num_tokens, -key.num_entries))
 
     def capture(self, keys: Sequence[GraphKey]) -> None:
         """Capture the keys that are not there yet, in the order given."""

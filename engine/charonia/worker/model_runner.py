@@ -29,8 +29,12 @@ MIN_SHARING_ENTRIES = 4
 
 
 def pays_to_share(layout: StepLayout) -> bool:
-    """Whether the entries' common prefix is long enough, and shared by enough of them, to be read once for all."""
-    return layout.common_prefix >= MIN_SHARED_KEYS and layout.num_decodes >= MIN_SHARING_ENTRIES
+    """Whether the entries' common prefix is long enough, and shared by enough of them, to be read once for all.
+
+    Beside chunks it is not: their step takes so long that a graph of its own, captured when it is met first, is no gain.
+    """
+    enough = layout.common_prefix >= MIN_SHARED_KEYS and layout.num_entries >= MIN_SHARING_ENTRIES
+    return layout.decodes_only and enough
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +141,8 @@ class ModelRunner:
         self, layout: StepLayout, mode: SamplingMode, scores_prompt: bool, shares_prefix: bool
     ) -> _EagerStep:
         batch = self._buffers.batch(layout.num_entries, layout.num_tokens)
-        singles = layout.lengths == 1
         hidden = self._forward(
-            batch, has_decodes=bool(singles.any()), has_chunks=not singles.all(), shares_prefix=shares_prefix
+            batch, has_chunks=bool((layout.lengths > 1).any()), shares_prefix=shares_prefix, model=self._model
         )
         scores = None
         if scores_prompt:
@@ -148,20 +151,24 @@ class ModelRunner:
         last = gather_last_rows(hidden, batch.query_start_loc)
         return _EagerStep(self._draw(last, batch, mode, layout), scores)
 
-    def _run_shape(self, key: GraphKey) -> None:
+    def _run_shape(self, key: GraphKey, model: CausalLM | None = None) -> None:
         """The device work of a step of the key's shape, for capture."""
         batch = self._buffers.batch(key.num_entries, key.num_tokens)
         hidden = self._forward(
-            batch, has_decodes=True, has_chunks=not key.decodes_only, shares_prefix=key.shares_prefix
+            batch,
+            has_chunks=not key.decodes_only,
+            shares_prefix=key.shares_prefix,
+            model=model or self._model,
         )
-        last = gather_last_rows(hidden, batch.query_start_loc)
+        # In a batch of single tokens each entry's last token is its only one.
+        last = hidden if key.decodes_only else gather_last_rows(hidden, batch.query_start_loc)
         if key.mode is SamplingMode.FULL:
             self._last_hidden[: key.num_entries].copy_(last)
         else:
             self._draw(last, batch, key.mode, None)
 
     def _forward(
-        self, batch: InputBatch, *, has_decodes: bool, has_chunks: bool, shares_prefix: bool
+        self, batch: InputBatch, *, has_chunks: bool, shares_prefix: bool, model: CausalLM
     ) -> torch.Tensor:
         """Hidden states of all tokens: [T, H]."""
         rows = self._rows
@@ -169,12 +176,10 @@ class ModelRunner:
         if self._plan is None:
             context = PagedAttention(self._cache, batch, rows.block_table[batch.rows])
         else:
-            plan = self._plan.sized(
-                batch.num_entries, batch.num_tokens, has_decodes, has_chunks, shares_prefix
-            )
+            plan = self._plan.sized(batch.num_entries, batch.num_tokens, True, has_chunks, shares_prefix)
             build_plan(plan, batch.query_start_loc, batch.seq_lens, batch.rows, rows.step_prefix)
             context = PagedAttention(self._cache, batch, rows.block_table, plan)
-        return self._model(batch.input_ids, batch.positions, context)
+        return model(batch.input_ids, batch.positions, context)
 
     def _draw(
         self, last: torch.Tensor, batch: InputBatch, mode: SamplingMode, layout: StepLayout | None
@@ -198,14 +203,15 @@ class ModelRunner:
     def _dry_run(self) -> None:
         """Launch every kernel that a step may launch, of every shape that is compiled for itself; touches no row."""
         self._rows.dry_run()
-        keys = dry_run_keys(self._setup.max_num_seqs, self._setup.max_num_batched_tokens)
-        for key in keys:
-            self._run_shape(key)
+        setup, sketch = self._setup, self._model.sketch()
+        for key in dry_run_keys(
+            setup.max_num_seqs, setup.max_num_batched_tokens, self._config.enable_prefix_caching
+        ):
+            self._run_shape(key, sketch)
         batch = self._buffers.batch(min(8, self._setup.max_num_seqs), 8)
         hidden = torch.zeros(batch.num_entries, self._model_config.hidden_size, dtype=self._setup.dtype,
                              device=self._setup.device)  # fmt: skip
         self._sampler.dry_run(self._model.compute_logits(hidden), batch)
-
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:
         model, setup = self._model_config, self._setup

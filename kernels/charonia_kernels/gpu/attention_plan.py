@@ -41,10 +41,20 @@ class SplitConfig:
     shared_rows: int
 
 
-def split_config(num_kv_heads: int, block_size: int, device: DeviceTraits) -> SplitConfig:
-    """Four programs a multiprocessor, heads included, when there are keys enough."""
+SMALL_BATCH = 8
+"""Up to so many entries the device is never full of them: what counts is how soon the last item is done."""
+
+
+def split_config(
+    num_kv_heads: int, block_size: int, device: DeviceTraits, batch: int = MAX_BATCH
+) -> SplitConfig:
+    """Four programs a multiprocessor, heads included, when there are keys enough; two for small batches, whose items
+    may be shorter too.
+    """
     align = max(64, block_size)
-    return SplitConfig(max(1, -(-4 * device.num_sms // num_kv_heads)), 256, align, 128)
+    small = batch <= SMALL_BATCH
+    programs = (2 if small else 4) * device.num_sms
+    return SplitConfig(max(1, -(-programs // num_kv_heads)), align if small else 256, align, 128)
 
 
 def shared_chunks(
@@ -87,7 +97,8 @@ class AttentionPlan:
 
     batch: entries, padding included. tokens: flat query tokens, padding included. has_decodes: some entry may have at
     most max_decode_query_len query tokens; without it all entries are prefills. has_prefills: some entry may have more.
-    has_cascade: the decodes may share a prefix, whose length is on the device.
+    has_cascade: the decodes may share a prefix, whose length is on the device. split: how keys are divided; small_split: in
+    batches of up to `SMALL_BATCH` entries.
     """
 
     batch: int
@@ -102,6 +113,7 @@ class AttentionPlan:
     has_prefills: bool
     has_cascade: bool
     split: SplitConfig
+    small_split: SplitConfig
     workspace: Workspace
 
     @classmethod
@@ -132,6 +144,7 @@ class AttentionPlan:
             has_cascade: whether shared prefixes may be used; takes a workspace of its own.
             split: instead of what `split_config` finds best.
         """
+        small_split = split or split_config(num_kv_heads, block_size, traits(device), SMALL_BATCH)
         split = split or split_config(num_kv_heads, block_size, traits(device))
         _check(max_batch, num_heads, num_kv_heads, block_size, max_decode_query_len, split)
         tile_tokens = prefill_tile_tokens(num_heads, num_kv_heads, head_dim)
@@ -161,7 +174,7 @@ class AttentionPlan:
         )
         return cls(
             max_batch, max_tokens, num_heads, num_kv_heads, head_dim, block_size, max_decode_query_len, tile_tokens,
-            True, True, has_cascade, split, workspace,
+            True, True, has_cascade, split, small_split, workspace,
         )  # fmt: skip
 
     def sized(
@@ -179,7 +192,7 @@ class AttentionPlan:
             raise ValueError("attention plan: allocated without has_cascade")
         return replace(
             self, batch=batch, tokens=tokens, has_decodes=has_decodes, has_prefills=has_prefills,
-            has_cascade=has_cascade and has_decodes,
+            has_cascade=has_cascade and has_decodes, split=self.small_split if batch <= SMALL_BATCH else self.split,
         )  # fmt: skip
 
     @property

@@ -1,9 +1,10 @@
 """Linear layers, alone and with what stands before and after them in a transformer.
 
 Up to some rows of x a layer is bound by the stream of its weight. There kernels of our own run (`linear_vector`,
-`linear_skinny`, `linear_hopper`); they take the RMSNorm in front, SiLU(gate) * up behind, or the residual's sum along. The norm costs no
-pass of its own: ``rms_norm(r) @ W.T = rsqrt(mean(r**2) + eps) * ((r * g) @ W.T)``, and the mean gathers while r streams
-by. Elsewhere PyTorch's matmul runs between kernels for the rest. `linear_choice.choose` decides.
+`linear_skinny`, `linear_hopper`); they take the RMSNorm in front, SiLU(gate) * up behind, or the residual's sum along.
+The norm costs no pass of its own: ``rms_norm(r) @ W.T = rsqrt(mean(r**2) + eps) * ((r * g) @ W.T)``, and the mean
+gathers while r streams by. Elsewhere PyTorch's matmul runs between kernels for the rest. `linear_choice.choose`
+decides.
 
 x ``[M, K]``, weight ``[N, K]``, bias ``[N]``: of one dtype; sums are fp32. A row's result depends on its own values and
 on M, never on other rows, and is the same each time. The kernels share a counter per device: one stream at a time.

@@ -60,7 +60,8 @@ def hopper_config(
 ) -> LinearConfig | None:
     """A configuration of "hopper" whose rings let `per_sm` programs share a multiprocessor; None if none fits.
 
-    All of a program's columns are under way at once if there is room, else 24 KB of x and as much of the weight as fits.
+    All columns of a program are under way at once if there is room, else 24 KB of x and as much weight as fits. The
+    sums take the place of the weight in the end, so its ring has room for them.
     """
     config = LinearConfig(
         "hopper",
@@ -77,11 +78,15 @@ def hopper_config(
     room = HOPPER_SM_BYTES // per_sm - _HOPPER_EXTRA_BYTES
     if fuse_norm:
         room -= 4 * (1 << (steps - 1).bit_length()) * block_k
-    if steps * (w_bytes + x_bytes) <= room:
-        return replace(config, num_stages=steps, x_stages=steps)
+    least = -(-2 * tile_rows(config, m) // block_k)
+    if max(steps, least) * w_bytes + steps * x_bytes <= room:
+        return replace(config, num_stages=max(steps, least), x_stages=steps)
     x_stages = min(steps, max(2, 24 * 1024 // x_bytes), room // (w_bytes + x_bytes))
-    num_stages = min(steps, (room - x_stages * x_bytes) // w_bytes)
-    return replace(config, num_stages=num_stages, x_stages=x_stages) if x_stages >= 2 else None
+    num_stages = min(max(steps, least), (room - x_stages * x_bytes) // w_bytes)
+    x_stages = min(num_stages, steps, (room - num_stages * w_bytes) // x_bytes)
+    if x_stages < 2 or num_stages < least:
+        return None
+    return replace(config, num_stages=num_stages, x_stages=x_stages)
 
 
 def tile_rows(config: LinearConfig, m: int) -> int:

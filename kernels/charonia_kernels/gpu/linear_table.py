@@ -1,6 +1,6 @@
-"""The best configurations measured on an H100 (`benchmarks/gpu/linear.py`), by weight and op, for growing numbers of rows.
+"""The best configurations measured on an H100 (`benchmarks/gpu/linear.py`), by weight and op, for growing M.
 
-Shapes are those of Llama 3.1 8B and Qwen3 0.6B; others take the defaults of `linear_config.choose`.
+Shapes are those of Llama 3.1 8B and Qwen3 0.6B; others take the defaults of `linear_choice.choose`.
 """
 
 from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op

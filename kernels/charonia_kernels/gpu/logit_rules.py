@@ -88,7 +88,7 @@ def _bad_words(row_logits, words, length, row_tokens, num_tokens, num_output, BL
         _exclude(row_logits, tl.load(words + start + prefix, mask=match, other=0), match)
 
 
-@triton.jit(do_not_specialize_on_alignment=["rows", "seq_lens", "token_ids", "params", "records", "pool"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "seq_lens", "token_ids", "row_params", "records", "pool"])
 def logit_rules_kernel(  # type: ignore[no-untyped-def]
     # pointers
     logits,

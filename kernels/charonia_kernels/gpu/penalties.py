@@ -82,7 +82,7 @@ def _penalise(  # type: ignore[no-untyped-def]
 
 @triton.jit(
     do_not_specialize=["batch"],
-    do_not_specialize_on_alignment=["rows", "seq_lens", "token_ids", "params", "counts"],
+    do_not_specialize_on_alignment=["rows", "seq_lens", "token_ids", "row_params", "counts"],
 )
 def penalties_kernel(  # type: ignore[no-untyped-def]
     # pointers

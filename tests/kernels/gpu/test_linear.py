@@ -5,9 +5,11 @@ import pytest
 import support.interpreter_floats
 import support.interpreter_products  # noqa: F401
 import torch
-from charonia_kernels.gpu._launch import H100, DeviceTraits
-from charonia_kernels.gpu.linear_choice import choose
-from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig
+from charonia_kernels.gpu import linear_choice
+from charonia_kernels.gpu._launch import H100, DeviceTraits, traits
+from charonia_kernels.gpu.linear_choice import choose, has_hopper_kernel
+from charonia_kernels.gpu.linear_config import CUBLAS, HOPPER_SM_BYTES, LinearConfig, hopper_config, tile_rows
+from charonia_kernels.gpu.linear_hopper import launch_registers
 from support.gpu_kernels import DEVICE
 from support.kernel_checks import assert_close, poison
 
@@ -32,6 +34,19 @@ CONFIGS = {
     "skinny-own-norm": replace(SKINNY, fuse_norm=False),
     "cublas": CUBLAS,
 }
+HOPPER = LinearConfig("hopper", block_n=64, block_k=64, num_stages=4, block_m=8, x_stages=2)
+if has_hopper_kernel(traits(DEVICE)):
+    CONFIGS |= {
+        "hopper": HOPPER,
+        "hopper-128": replace(HOPPER, block_n=128, block_k=128, num_stages=2),
+        "hopper-128-8-warps": replace(HOPPER, block_n=128, num_warps=8, fuse_norm=False),
+        "hopper-split": replace(HOPPER, split_k=3),
+        "hopper-split-own-norm": replace(HOPPER, split_k=2, num_stages=5, x_stages=3, fuse_norm=False),
+        "hopper-x-tall": replace(HOPPER, block_n=32, block_m=64, x_major=True),
+        "hopper-x-tall-split": replace(
+            HOPPER, block_n=16, block_m=64, x_major=True, split_k=2, fuse_norm=False
+        ),
+    }
 
 
 def make(shape, dtype=torch.bfloat16, seed=0, scale=1.0):
@@ -40,7 +55,7 @@ def make(shape, dtype=torch.bfloat16, seed=0, scale=1.0):
 
 
 def rows_for(config):
-    return (1, 3) if config.kind == "vector" else (1, 20)
+    return {"vector": (1, 3), "hopper": (1, 8, 20, 61, 100)}.get(config.kind, (1, 20))
 
 
 def scaled_sums(config, residual, norm_weight, weight):
@@ -50,7 +65,7 @@ def scaled_sums(config, residual, norm_weight, weight):
     if not config.fuse_norm:
         return (wide * inverse * gain).to(residual.dtype).double() @ weight.double().T
     scaled = wide * gain
-    if config.kind == "skinny":
+    if config.kind in ("skinny", "hopper"):
         scaled = scaled.float().to(residual.dtype).double()
     return inverse * (scaled @ weight.double().T)
 
@@ -117,7 +132,7 @@ def test_linear_add(name, with_bias):
         assert (wide[:, n:] == 7).all()
 
 
-@pytest.mark.parametrize("name", ["vector", "skinny", "skinny-split"])
+@pytest.mark.parametrize("name", ["vector", *(n for n in CONFIGS if "skinny" in n or "hopper" in n)])
 def test_rows_may_lie_apart_and_others_do_not_matter(name):
     config, (n, k, m) = CONFIGS[name], (16, 128, 5)
     weight, norm_weight = make((n, k), seed=1), make((k,), seed=3)
@@ -132,8 +147,9 @@ def test_rows_may_lie_apart_and_others_do_not_matter(name):
     assert alone[[0, 1, 3, 4]].isnan().all()
 
 
-def test_parts_are_added_up_again_and_again():
-    config = CONFIGS["skinny-split"]
+@pytest.mark.parametrize("name", [n for n in CONFIGS if "split" in n])
+def test_parts_are_added_up_again_and_again(name):
+    config = CONFIGS[name]
     x, weight = make((3, 192)), make((38, 192), seed=1)
     first = ops.linear_with(config, x, weight)
     for _ in range(3):
@@ -141,7 +157,7 @@ def test_parts_are_added_up_again_and_again():
     assert not ops._arrivals(x.device).any()
 
 
-@pytest.mark.parametrize("name", ["vector", "skinny"])
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n in ("vector", "skinny", "hopper")])
 def test_fp16(name):
     config = CONFIGS[name]
     x, weight = make((3, 192), torch.float16), make((16, 192), torch.float16, seed=1)
@@ -194,16 +210,65 @@ def test_choice_fits_the_device(model, op):
     small = DeviceTraits((8, 6), 84, 101_376)
     for n, k in SHAPES[model]:
         for m in (1, 2, 3, 4, 5, 8, 13, 16, 32, 33, 64, 65, 100, 128):
-            for traits in (H100, small):
-                config = choose(m, n, k, torch.bfloat16, traits, op)
+            for device in (H100, small):
+                config = choose(m, n, k, torch.bfloat16, device, op)
                 if config.kind == "vector":
                     assert m <= ops.MAX_VECTOR_ROWS
                 if config.kind == "skinny":
-                    assert config.shared_bytes(m, 2) < traits.max_shared_bytes
+                    assert config.shared_bytes(m, 2) < device.max_shared_bytes
                     assert config.num_stages >= 2
                     assert k // config.split_k >= config.block_k
     assert choose(1, 4096, 4096, torch.bfloat16, H100, op).kind == "vector"
-    assert choose(16, 4096, 4096, torch.bfloat16, H100, op).kind == "skinny"
+    assert choose(16, 4096, 4096, torch.bfloat16, H100, op).kind in ("skinny", "hopper")
+
+
+def test_long_weights_go_around_the_rings():
+    """Each ring is used up many times over, at the shape of a real layer."""
+    n, k = 200, 4096
+    weight, norm_weight = make((n, k), seed=1, scale=0.05), make((k,), seed=3)
+    for config in (c for c in CONFIGS.values() if c.kind == "hopper"):
+        for m in (3, 64, 128):
+            x = make((m, k))
+            gate, up = scaled_sums(config, x, norm_weight, weight).chunk(2, dim=-1)
+            expected = torch.nn.functional.silu(gate) * up
+            actual = ops.norm_linear_silu_mul_with(config, x, norm_weight, EPS, weight)
+            assert_close(actual.cpu(), expected.cpu(), depth=k * 2.0**13)
+
+
+def test_hopper_rings_fit_beside_those_of_the_next_kernel():
+    for n, k in {shape for shapes in SHAPES.values() for shape in shapes if shape[1] % 128 == 0}:
+        for m in (1, 8, 16, 17, 33, 64, 65, 128):
+            for block_n, split_k, fuse_norm in (
+                (64, 1, True),
+                (64, 2, False),
+                (128, 1, False),
+                (128, 2, True),
+            ):
+                config = hopper_config(m, k, block_n, 64, split_k, fuse_norm=fuse_norm)
+                if config is None:
+                    assert k > 8192, (m, n, k)
+                    continue
+                block_m = tile_rows(config, m)
+                rings = 128 * (config.num_stages * block_n + config.x_stages * block_m)
+                assert 2 * (rings + 1024) <= HOPPER_SM_BYTES
+                assert 1 <= config.x_stages <= config.num_stages
+                assert rings - 128 * config.x_stages * block_m >= 4 * block_m * block_n
+                registers = launch_registers(config, m, fuse_norm)
+                assert registers % 8 == 0
+                assert 24 < registers * (8 + 4 * fuse_norm) * 32 <= 65536
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_add"])
+def test_hopper_kernel_is_chosen_only_where_it_runs(monkeypatch, op):
+    monkeypatch.setitem(linear_choice.MEASURED, (512, 256, op), ((64, HOPPER),))
+    monkeypatch.setattr(linear_choice, "INTERPRETED", False)
+    pick = choose.__wrapped__
+    assert pick(8, 512, 256, torch.bfloat16, H100, op) == HOPPER
+    assert not pick(8, 512, 256, torch.float16, H100, op).fuse_norm
+    assert pick(8, 512, 256, torch.bfloat16, H100, op, bulk=False).kind == "skinny"
+    assert pick(8, 512, 256, torch.bfloat16, DeviceTraits((10, 0), 148, 232_448), op).kind == "skinny"
+    monkeypatch.setattr(linear_choice, "INTERPRETED", True)
+    assert pick(8, 512, 256, torch.bfloat16, H100, op).kind == "skinny"
 
 
 def test_choice_falls_back():
