@@ -53,18 +53,22 @@ def mixed_sizes(max_num_tokens: int) -> list[int]:
 
 
 def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) -> list[GraphKey]:
-    """Shapes that reach, between them, every kernel: one per size class of the linear layers and of the batch."""
-    keys = [
+    """Shapes that reach, between them, every kernel: one per size class of the linear layers and of the batch.
+
+    Those with the kernels that take longest to compile come first.
+    """
+    keys = []
+    for tokens in (max_num_tokens, 128, 96, 64):
+        size = min(tokens, max_num_tokens)
+        keys.append(GraphKey(min(max_num_seqs, size), size, False, SamplingMode.FILTERED))
+    if shares_prefix:
+        sizes = {min(size, max_num_seqs) for size in (8, 64, 256, max_num_seqs)}
+        keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in sizes]
+    keys += [
         GraphKey(size, size, True, SamplingMode.PLAIN)
         for size in decode_sizes(max_num_seqs)
         if size <= 128 or size == max_num_seqs
     ]
-    if shares_prefix:
-        sizes = {min(size, max_num_seqs) for size in (8, 64, 256, max_num_seqs)}
-        keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in sizes]
-    for tokens in (32, 64, 96, 128, max_num_tokens):
-        size = min(tokens, max_num_tokens)
-        keys.append(GraphKey(min(max_num_seqs, size), size, False, SamplingMode.FILTERED))
     return keys
 
 

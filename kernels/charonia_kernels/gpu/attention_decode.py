@@ -31,9 +31,9 @@ class DecodeConfig:
 
 
 def decode_config(
-    rows: int, head_dim: int, block_size: int, cache_itemsize: int, device: DeviceTraits, batch: int = 1
+    rows: int, head_dim: int, block_size: int, cache_itemsize: int, device: DeviceTraits
 ) -> DecodeConfig:
-    """Launch parameters, of the model, the cache's layout and the size of the batch.
+    """Launch parameters, of the model and the cache's layout alone.
 
     Keys and values in flight take about 64 kB a program, of which three fit a multiprocessor of an H100. Products of
     fp32 are not tensor core work, and larger tiles of them do not fit the registers.
@@ -47,8 +47,6 @@ def decode_config(
     num_warps = 8 if max(16, triton.next_power_of_2(rows)) * head_pad >= 64 * 128 else 4
     if cache_itemsize == 1:
         num_warps = min(num_warps, 2)  # measured on an H100: 2.5 TB/s, 2.1 with four
-    elif batch >= 32:
-        num_stages = 2  # so many programs hide each other's waits
     return DecodeConfig(tile, num_warps, max(2, num_stages))
 
 
@@ -295,9 +293,7 @@ def decode_attention(
         return
     device, space = traits(q.device), plan.workspace
     num_kv_heads, head_dim, rows = plan.num_kv_heads, plan.head_dim, plan.rows_per_entry
-    config = config or decode_config(
-        rows, head_dim, plan.block_size, key_cache.element_size(), device, plan.batch
-    )
+    config = config or decode_config(rows, head_dim, plan.block_size, key_cache.element_size(), device)
     head_pad, rows_pad = triton.next_power_of_2(head_dim), triton.next_power_of_2(rows)
     decode_kernel[(num_kv_heads, plan.decode_slots)](
         q,
