@@ -1,7 +1,7 @@
-"""The best configurations measured on an H100 (`benchmarks/gpu/linear.py`): weight shape, op -> up to so many rows of x.
+"""The best configurations measured on an H100 (`benchmarks/gpu/linear.py`): weight and op -> up to so many rows of x.
 
-Shapes are those of Llama 3.1 8B and Qwen3 0.6B; others take the defaults of `linear_choice`. The output projection comes
-behind attention, which leaves the memory idle: it prefetches more than what is best for it alone.
+Shapes are those of Llama 3.1 8B and Qwen3 0.6B; others take the defaults of `linear_choice`. Measured at 1, 2, 4, 8,
+16, 32, 48, 64, 96 and 128 rows; "hopper" at 8 and 64, from where it is taken over for 4 and 16.
 """
 
 from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op
@@ -25,33 +25,44 @@ def _skinny(
     )
 
 
+def _hopper(
+    block_n: int, block_k: int, split_k: int, num_warps: int, num_stages: int, x_stages: int, block_m: int,
+    fuse_norm: bool = True, x_major: bool = False,
+) -> LinearConfig:  # fmt: skip
+    return LinearConfig(
+        "hopper", block_n, block_k, split_k, num_warps, num_stages, block_m=block_m, fuse_norm=fuse_norm,
+        x_stages=x_stages, x_major=x_major,
+    )  # fmt: skip
+
+
 MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
     (6144, 4096, "norm_linear"): (
         (1, _vector(2, 2048, 4, 0)),
-        (4, _vector(8, 512, 2, 1024)),
-        (16, _skinny(64, 256, 1, 4, 3, 2048)),
+        (2, _vector(8, 512, 2, 1024)),
+        (8, _hopper(64, 128, 1, 4, 5, 5, 8)),
+        (16, _hopper(64, 128, 1, 4, 4, 4, 8)),
         (64, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
         (128, CUBLAS),
     ),
     (4096, 4096, "linear_add"): (
         (2, _vector(8, 1024, 4, 4096)),
-        (4, _vector(4, 512, 2, 1024)),
-        (16, _skinny(16, 256, 1, 4, 6, 4096)),
+        (8, _hopper(64, 128, 4, 4, 6, 6, 8, fuse_norm=False)),
+        (16, _hopper(64, 128, 4, 4, 5, 5, 8, fuse_norm=False)),
         (32, _skinny(64, 128, 1, 4, 5, 0)),
         (128, CUBLAS),
     ),
     (28672, 4096, "norm_linear_silu_mul"): (
         (1, _vector(2, 2048, 4, 0)),
         (2, _vector(2, 512, 2, 1024)),
-        (4, _vector(4, 512, 2, 1024)),
-        (8, _skinny(64, 256, 1, 4, 3, 2048)),
+        (8, _hopper(64, 128, 1, 4, 5, 5, 8)),
+        (16, _hopper(64, 128, 1, 4, 4, 4, 8)),
         (32, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
         (128, _skinny(128, 64, 1, 8, 5, 1024, fuse_norm=False)),
     ),
     (4096, 14336, "linear_add"): (
         (2, _vector(8, 1024, 4, 4096)),
-        (4, _vector(4, 512, 2, 1024)),
-        (16, _skinny(16, 256, 1, 4, 6, 2048)),
+        (8, _hopper(64, 128, 4, 4, 6, 6, 8, fuse_norm=False)),
+        (16, _hopper(64, 128, 4, 4, 5, 5, 8, fuse_norm=False)),
         (32, _skinny(64, 128, 2, 4, 5, 0)),
         (64, _skinny(64, 128, 2, 4, 5, 2048)),
         (96, CUBLAS),
@@ -59,8 +70,8 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
     ),
     (128256, 4096, "norm_linear"): (
         (2, _vector(2, 2048, 4, 0)),
-        (4, _skinny(64, 128, 1, 4, 5, 0)),
-        (16, _skinny(64, 256, 1, 4, 3, 2048)),
+        (8, _hopper(64, 128, 1, 4, 5, 5, 8)),
+        (16, _hopper(64, 128, 1, 4, 4, 4, 8)),
         (32, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
         (48, _skinny(128, 64, 1, 4, 5, 1024, fuse_norm=False)),
         (96, _skinny(128, 64, 1, 8, 5, 1024, fuse_norm=False)),
@@ -70,7 +81,7 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
         (1, _vector(4, 1024, 4, 4096)),
         (2, _vector(8, 512, 2, 1024)),
         (4, _vector(4, 512, 2, 1024)),
-        (16, _skinny(64, 256, 1, 4, 3, 2048)),
+        (16, _hopper(64, 128, 4, 4, 2, 2, 8)),
         (48, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
         (128, CUBLAS),
     ),
@@ -78,31 +89,36 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
         (1, _vector(4, 2048, 8, 4096)),
         (2, _vector(2, 1024, 4, 4096)),
         (4, _vector(1, 2048, 4, 4096)),
-        (16, _skinny(64, 256, 4, 4, 3, 2048)),
+        (16, _hopper(64, 128, 8, 4, 2, 2, 8, fuse_norm=False)),
         (32, _skinny(64, 128, 4, 4, 5, 2048)),
-        (64, _skinny(32, 128, 4, 4, 6, 2048)),
+        (48, _skinny(32, 128, 4, 4, 6, 2048)),
+        (64, _hopper(16, 128, 2, 4, 8, 4, 64, fuse_norm=False, x_major=True)),
         (128, CUBLAS),
     ),
     (6144, 1024, "norm_linear_silu_mul"): (
         (2, _vector(4, 512, 2, 1024)),
         (4, _vector(8, 512, 2, 1024)),
+        (8, _hopper(64, 128, 1, 4, 6, 5, 8)),
+        (16, _hopper(64, 128, 1, 4, 5, 5, 8)),
         (32, _skinny(64, 256, 1, 4, 3, 2048)),
-        (64, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
+        (48, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
+        (64, _hopper(64, 128, 1, 4, 4, 2, 8, fuse_norm=False)),
         (128, CUBLAS),
     ),
     (1024, 3072, "linear_add"): (
         (1, _vector(8, 1024, 4, 4096)),
         (2, _vector(2, 1024, 4, 4096)),
         (4, _vector(4, 1024, 4, 4096)),
-        (16, _skinny(64, 256, 4, 4, 3, 2048)),
+        (16, _hopper(64, 128, 8, 4, 3, 3, 8, fuse_norm=False)),
         (64, _skinny(64, 128, 4, 4, 5, 2048)),
         (128, CUBLAS),
     ),
     (151936, 1024, "norm_linear"): (
         (1, _vector(2, 1024, 4, 4096)),
         (2, _vector(4, 1024, 4, 4096)),
-        (8, _skinny(64, 128, 1, 4, 5, 0)),
-        (16, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
+        (4, _skinny(64, 128, 1, 4, 5, 0)),
+        (8, _hopper(64, 128, 1, 4, 6, 6, 8, fuse_norm=False)),
+        (16, _hopper(64, 128, 1, 4, 5, 5, 8, fuse_norm=False)),
         (32, _skinny(128, 128, 1, 8, 3, 1024)),
         (64, _skinny(128, 64, 1, 4, 5, 1024, fuse_norm=False)),
         (128, _skinny(128, 64, 1, 8, 5, 1024, fuse_norm=False)),

@@ -20,9 +20,7 @@ class Logprobs:
     top_values: torch.Tensor
 
 
-def logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, max_count: int
-) -> Logprobs:
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, max_count: int) -> Logprobs:
     """Log-probabilities of `tokens` and of each row's likeliest ones.
 
     Args:

@@ -1,0 +1,41 @@
+"""Calls are made by children first, and then by the parent."""
+
+import os
+from pathlib import Path
+
+import pytest
+from charonia_kernels.gpu.compile_ahead import ForkingExecutor
+
+
+def note(path: Path) -> int:
+    with path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    return os.getpid()
+
+
+def test_each_call_is_made_by_a_child_and_by_the_parent(tmp_path: Path) -> None:
+    executor = ForkingExecutor(3)
+    futures = [executor.submit(note, tmp_path / str(i)) for i in range(7)]
+    assert not any(future.done() for future in futures)
+    executor.run()
+    assert [future.result() for future in futures] == [os.getpid()] * 7
+    children = []
+    for i in range(7):
+        child, parent = (tmp_path / str(i)).read_text().split()
+        assert int(parent) == os.getpid()
+        children.append(int(child))
+    assert children[0] == children[3] == children[6] and len(set(children)) == 3
+
+
+def test_what_fails_in_a_child_raises_in_the_parent(tmp_path: Path) -> None:
+    def fail() -> None:
+        note(tmp_path / "tries")
+        raise RuntimeError("no such instruction")
+
+    executor = ForkingExecutor(2)
+    bad, good = executor.submit(fail), executor.submit(note, tmp_path / "good")
+    executor.run()
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        bad.result()
+    assert good.result() == os.getpid()
+    assert len((tmp_path / "tries").read_text().split()) == 2
