@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import support.interpreter_floats  # noqa: F401
+import support.interpreter  # noqa: F401
 import torch
 from charonia_kernels import reference
 from charonia_kernels.gpu._launch import INTERPRETED

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/kernel_times.py qwen06b --rows 1 64 --context 128
 
-Prints, for each number of rows, the kernels of steps of that many rows by time: microseconds a step and launches a step.
+Prints, for each number of rows, the kernels of steps of that many rows by time: microseconds and launches a step.
 """
 
 import argparse
@@ -48,9 +48,8 @@ def profile(llm: LLM, rows: int, context: int, limit: int) -> None:
         f"rows {rows}: {span:.0f} us a step from start to start, kernels sum up to {busy:.0f} us, {wall:.2f} s in all"
     )
     for name in sorted(total, key=lambda name: -total[name])[:limit]:
-        print(
-            f"  {total[name] / steps:9.1f} us {count[name] / steps:7.1f} x {total[name] / count[name]:8.2f} us  {name[:90]}"
-        )
+        each = total[name] / count[name]
+        print(f"  {total[name] / steps:9.1f} us {count[name] / steps:7.1f} x {each:8.2f} us  {name[:90]}")
 
 
 def main() -> None:

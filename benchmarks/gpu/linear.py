@@ -32,8 +32,7 @@ from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, hopper_
 from linear_candidates import DEVICE, MODELS, TINY, Layer, Model, candidates, label, present_choice
 
 if INTERPRETED:  # for --dry-run
-    import_module("support.interpreter_floats")
-    import_module("support.interpreter_products")
+    import_module("support.interpreter")
 ops: Any = import_module("charonia_kernels.gpu.linear")
 
 EPS = 1e-5

@@ -3,8 +3,8 @@
     python benchmarks/gpu/parity.py [--model DIR]
 
 Without a checkpoint, a random Qwen3 of four layers. Runs graphs on and off, lookahead on and off, chunked and whole,
-prefix sharing on and off, two block sizes, and bf16 with all sampling features at once (which must merely run). Prints a
-line for each, and ends with an error unless all fp32 runs give transformers' tokens.
+prefix sharing on and off, two block sizes, and bf16 with all sampling features at once (which must merely run). Prints
+a line for each, and ends with an error unless all fp32 runs give transformers' tokens.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def prompts() -> list[list[int]]:
     lengths = [1, 2, 5, 17, 63, 64, 65, 130, 300, 700]
     found = [[11 + (7 * row + i * i) % 4000 for i in range(length)] for row, length in enumerate(lengths)]
     head = [13 + (i * 31) % 4001 for i in range(384)]
-    return found + [head + [20 + row, 30 + row, 40] for row in range(8)]
+    return found + [[*head, 20 + row, 30 + row, 40] for row in range(8)]
 
 
 def reference_tokens(directory: str, inputs: list[list[int]]) -> list[list[int]]:

@@ -2,27 +2,33 @@
 who has no GPU never waits for Triton, and who has one never waits for numba.
 """
 
-import importlib.util
-import sys
+from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from charonia_kernels import cpu, gpu
 else:
 
-    def _lazy(name: str) -> ModuleType:
-        if name in sys.modules:
-            return sys.modules[name]
-        spec = importlib.util.find_spec(name)
-        loader = importlib.util.LazyLoader(spec.loader)
-        spec.loader = loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        loader.exec_module(module)
-        return module
+    class _Lazy(ModuleType):
+        """Stands in for a package until that is imported, and has the package's attributes, which it never keeps.
 
-    cpu = _lazy("charonia_kernels.cpu")
-    gpu = _lazy("charonia_kernels.gpu")
+        It must not enter `sys.modules`, as `importlib.util.LazyLoader` would have it: asked for a module below a
+        package that is listed there but not loaded, the import system loads the package, which imports the module, and
+        then executes the module again. As it is, importing the package puts the package itself in the place of the
+        stand-in in `charonia_kernels`.
+        """
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(import_module(self.__name__), name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(import_module(self.__name__), name, value)
+
+        def __delattr__(self, name: str) -> None:
+            delattr(import_module(self.__name__), name)
+
+    cpu = _Lazy("charonia_kernels.cpu")
+    gpu = _Lazy("charonia_kernels.gpu")
 
 __all__ = ["cpu", "gpu"]

@@ -1,7 +1,7 @@
 """Compiles kernels ahead of time, without a GPU, and reports what they take.
 
 The tests interpret the kernels, which a process decides when it first imports them; so compilation has a process of its
-own: `python -m support.aot OP SM` prints a JSON line per case of `support/aot_cases/OP.py`.
+own: `python -m support.aot OP:SM ...` prints a JSON line per case of `support/aot_cases/OP.py` for an architecture.
 """
 
 import importlib
@@ -11,13 +11,18 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
 MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 """Shared memory that one program may take, by architecture."""
+FULL_ARCH = 90
+"""All cases are compiled for this architecture, for others the first of each kernel."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,48 @@ class AotCase:
 
 @dataclass(frozen=True)
 class AotReport:
-    """registers: per thread. local_bytes: stack and spills per thread. shared_bytes: per program."""
+    """What a case takes, or the error that it ends in.
 
-    name: str
+    kernel: its module and name. registers: per thread. local_bytes: stack and spills per thread. shared_bytes: per
+    program.
+    """
+
+    op: str
     arch: int
-    registers: int
-    local_bytes: int
-    shared_bytes: int
+    kernel: str
+    name: str
+    registers: int = 0
+    local_bytes: int = 0
+    shared_bytes: int = 0
+    error: str = ""
 
 
-def compile_case(case: AotCase, arch: int) -> AotReport:
-    """Compile down to machine code. Raises what Triton or ptxas raise."""
+def kernel_name(case: AotCase) -> str:
+    """The module and the name of the kernel's function."""
+    function = case.kernel.fn
+    return f"{function.__module__}.{function.__name__}"
+
+
+def op_names() -> list[str]:
+    """The ops that have cases."""
+    return sorted(path.stem for path in (TESTS / "support/aot_cases").glob("[!_]*.py"))
+
+
+def all_cases(op: str) -> list[AotCase]:
+    """The cases of an op, for any architecture."""
+    return list(importlib.import_module(f"support.aot_cases.{op}").cases())
+
+
+def cases_for(op: str, arch: int) -> list[AotCase]:
+    """The cases of an op that are compiled for an architecture."""
+    cases = [case for case in all_cases(op) if arch in case.archs]
+    if arch == FULL_ARCH:
+        return cases
+    return list({kernel_name(case): case for case in reversed(cases)}.values())
+
+
+def compile_case(case: AotCase, arch: int) -> tuple[int, int, int]:
+    """Compile down to machine code: registers, local bytes, shared bytes. Raises what Triton or ptxas raise."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -68,7 +104,7 @@ def compile_case(case: AotCase, arch: int) -> AotReport:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, local = _resources(compiled.asm["cubin"])
-    return AotReport(case.name, arch, registers, local, compiled.metadata.shared)
+    return registers, local, compiled.metadata.shared
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -86,21 +122,40 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(usage[1]), int(usage[2]) + int(usage[3])
 
 
-def reports(op: str, arch: int) -> list[AotReport]:
-    """Compile all cases of an op in a process of its own. Raises `AssertionError` with the compiler's words."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS)}
+def reports(pairs: Collection[tuple[str, int]]) -> list[AotReport]:
+    """Compile the cases of pairs of an op and an architecture, in processes of their own, as many as there are CPUs."""
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (env.get("PYTHONPATH"), str(TESTS))))
+    names = [f"{op}:{arch}" for op, arch in pairs]
     done = subprocess.run(
-        [sys.executable, "-m", "support.aot", op, str(arch)], env=env, capture_output=True, text=True
+        [sys.executable, "-m", "support.aot", *names], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [AotReport(**json.loads(line)) for line in done.stdout.splitlines()]
 
 
+_work: list[tuple[str, int, AotCase]] = []  # what forked children find by its index
+
+
+def _report(index: int) -> AotReport:
+    op, arch, case = _work[index]
+    try:
+        return AotReport(op, arch, kernel_name(case), case.name, *compile_case(case, arch))
+    except Exception as error:
+        root: BaseException = error  # the compiler wraps what went wrong in the place of each call
+        while root.__cause__ is not None:
+            root = root.__cause__
+        words = "".join(traceback.format_exception(root, chain=False))
+        return AotReport(op, arch, kernel_name(case), case.name, error=words[-4000:])
+
+
 def main() -> None:
-    op, arch = sys.argv[1], int(sys.argv[2])
-    for case in importlib.import_module(f"support.aot_cases.{op}").cases():
-        if arch in case.archs:
-            print(json.dumps(asdict(compile_case(case, arch))), flush=True)
+    for pair in sys.argv[1:]:
+        op, _, arch = pair.partition(":")
+        _work.extend((op, int(arch), case) for case in cases_for(op, int(arch)))
+    with get_context("fork").Pool(os.cpu_count()) as pool:
+        for report in pool.imap_unordered(_report, range(len(_work))):
+            print(json.dumps(asdict(report)), flush=True)
 
 
 if __name__ == "__main__":

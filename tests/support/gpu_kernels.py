@@ -1,6 +1,6 @@
 """Where the tests run the Triton kernels: on the GPU if there is one, else in Triton's interpreter on the CPU."""
 
-import support.interpreter_floats  # noqa: F401 (patches the interpreter)
+import support.interpreter  # noqa: F401 (mends the interpreter)
 import torch
 from charonia_kernels.gpu._launch import INTERPRETED
 

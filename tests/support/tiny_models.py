@@ -115,13 +115,13 @@ def tiny_model(name: str) -> PreTrainedModel:
 
 
 def gpu_shaped_model(architecture: str) -> PreTrainedModel:
-    """The same of sizes that the GPU's kernels know: heads of 64."""
-    shape = {"head_dim": 64, "num_hidden_layers": 2}
+    """The same of sizes that the GPU's kernels know, heads of 64, with one layer of each kind."""
+    shape = {"head_dim": 64, "num_hidden_layers": 1}
     make = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3, "gemma3": _gemma3}[architecture]
     if architecture == "gemma3":
-        shape["layer_types"] = ["sliding_attention", "full_attention"]
+        shape |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     if architecture == "qwen2":
-        shape = {"hidden_size": 256, "num_hidden_layers": 2}
+        shape = {"hidden_size": 256, "num_hidden_layers": 1}
     return randomised(lambda: make(**shape), len(architecture))
 
 

@@ -49,8 +49,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 class PagedAttention:
     """One step's attention context: writes each layer's keys and values to the cache, and attends over it.
 
-    block_table: [N, max_blocks] int32. With a plan (`charonia_kernels.gpu.AttentionPlan`, the work lists of kernels that
-    want them) it is indexed by row, without one by entry of the batch.
+    block_table: [N, max_blocks] int32. With a plan (`charonia_kernels.gpu.AttentionPlan`, the work lists of kernels
+    that want them) it is indexed by row, without one by entry of the batch.
     """
 
     cache: KVCache

@@ -95,8 +95,9 @@ class StepLayout:
 class InputBatch:
     """A step's inputs on the device, at addresses that never change. B entries and T tokens, padding included.
 
-    rows, samples, seq_lens: [B]. query_start_loc: [B + 1]. input_ids, positions, slot_mapping: [T]. Padding entries have
-    no tokens; padding tokens have id and position 0 and write to the null block. seq_lens counts the step's own keys.
+    rows, samples, seq_lens: [B]. query_start_loc: [B + 1]. input_ids, positions, slot_mapping: [T]. Padding entries
+    have no tokens; padding tokens have id and position 0 and write to the null block. seq_lens counts the step's own
+    keys.
     """
 
     rows: torch.Tensor

@@ -37,7 +37,8 @@ class GraphKey:
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """Padded batch sizes of decode steps: fine where a step's time follows the batch, coarser above.
 
-    From 256 on they are multiples of a matrix tile's 128 rows, or half of one: cuBLAS is slower at 448 rows than at 512.
+    From 256 on they are multiples of a matrix tile's 128 rows, or half of one: cuBLAS is slower at 448 rows than at
+    512.
     """
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), 256, 320, *range(384, 1025, 128)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
@@ -62,7 +63,7 @@ def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) ->
         size = min(tokens, max_num_tokens)
         keys.append(GraphKey(min(max_num_seqs, size), size, False, SamplingMode.FILTERED))
     if shares_prefix:
-        sizes = {min(size, max_num_seqs) for size in (8, 64, 256, max_num_seqs)}
+        sizes = {min(size, max_num_seqs) for size in (8, 32, 256, max_num_seqs)}
         keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in sizes]
     keys += [
         GraphKey(size, size, True, SamplingMode.PLAIN)
@@ -72,27 +73,13 @@ def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) ->
     return keys
 
 
-class StepGraphs:
-    """Captures steps and replays them.
+class GraphSizes:
+    """Chooses the key of each step, from a bounded set of keys. Pure arithmetic: capture is `StepGraphs`' part."""
 
-    run: issues the device work of a step of the key's shape, reading and writing only memory at fixed addresses.
-    """
-
-    def __init__(
-        self, run: Callable[[GraphKey], None], *, max_num_seqs: int, max_num_tokens: int, device: torch.device
-    ) -> None:
-        self._run = run
-        self._device = device
-        self._max_num_seqs = max_num_seqs
+    def __init__(self, *, max_num_seqs: int, max_num_tokens: int) -> None:
         self._decode_sizes = decode_sizes(max_num_seqs)
         self._mixed_sizes = mixed_sizes(max_num_tokens)
         self._mixed_entries = [size for size in _MIXED_ENTRIES if size < max_num_seqs] + [max_num_seqs]
-        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def __len__(self) -> int:
-        return len(self._graphs)
 
     def key_for(self, layout: StepLayout, mode: SamplingMode, shares_prefix: bool) -> GraphKey | None:
         """The graph that can run a step; None if it would compute too much padding."""
@@ -103,12 +90,11 @@ class StepGraphs:
         size = _at_least(self._mixed_sizes, tokens)
         if size > tokens * (1 + MAX_PADDING) and tokens > FREE_PADDING:
             return None
-        tokens = size
-        entries = min(_at_least(self._mixed_entries, entries), tokens)
-        return GraphKey(entries, tokens, False, mode, shares_prefix)
+        entries = min(_at_least(self._mixed_entries, entries), size)
+        return GraphKey(entries, size, False, mode, shares_prefix)
 
     def keys(self, mode: SamplingMode) -> list[GraphKey]:
-        """Every key of a mode, largest first."""
+        """Every key of a mode that shares no prefix, largest first."""
         mixed = {
             GraphKey(min(entries, tokens), tokens, False, mode)
             for tokens in self._mixed_sizes
@@ -116,6 +102,23 @@ class StepGraphs:
         }
         decodes = {GraphKey(size, size, True, mode) for size in self._decode_sizes}
         return sorted(mixed | decodes, key=lambda key: (-key.num_tokens, -key.num_entries))
+
+
+class StepGraphs:
+    """Captures steps and replays them.
+
+    run: issues the device work of a step of the key's shape, reading and writing only memory at fixed addresses.
+    """
+
+    def __init__(self, run: Callable[[GraphKey], None], sizes: GraphSizes, device: torch.device) -> None:
+        self.sizes = sizes
+        self._run = run
+        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self._graphs)
 
     def capture(self, keys: Sequence[GraphKey]) -> None:
         """Capture the keys that are not there yet, in the order given."""

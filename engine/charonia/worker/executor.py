@@ -13,6 +13,7 @@ from charonia.core.engine_core import PendingStep
 from charonia.core.step import StepPlan, StepResult
 from charonia.model_config import ModelConfig
 from charonia.models import load_model
+from charonia.worker.memory import KVCacheSize
 from charonia.worker.model_runner import ModelRunner
 from charonia.worker.setup import DeviceSetup, resolve
 
@@ -39,12 +40,12 @@ class InProcessExecutor:
         self._thread: ThreadPoolExecutor | None = None
         if self._setup.device.type == "cpu":
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-device")
-            self._runner = self._load_in_thread(self._thread, config, model_config)
+            self._runner, self._cache_size = self._load_in_thread(self._thread, config, model_config)
         else:
             torch.cuda.set_device(self._setup.device)
-            self._runner = _load(config, model_config, self._setup)
+            self._runner, self._cache_size = _load(config, model_config, self._setup)
         self.scheduler_config: SchedulerConfig = self._setup.scheduler_config(
-            config, self._runner.kv_cache_size.num_blocks
+            config, self._cache_size.num_blocks
         )
 
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -62,14 +63,14 @@ class InProcessExecutor:
 
     def describe(self) -> str:
         """One line for the log: device, dtype, KV cache."""
-        size, setup = self._runner.kv_cache_size, self._setup
+        size, setup = self._cache_size, self._setup
         tokens = (size.num_blocks - 1) * self.scheduler_config.block_size
         dtype = str(setup.dtype).removeprefix("torch.")
         return f"{setup.device} {dtype}, KV cache {size.gib:.2f} GiB = {tokens} tokens"
 
     def _load_in_thread(
         self, thread: ThreadPoolExecutor, config: EngineConfig, model_config: ModelConfig
-    ) -> ModelRunner:
+    ) -> tuple[ModelRunner, KVCacheSize]:
         threads = torch.get_num_threads()
         try:
             # Thread-bound state (OpenMP pools) belongs to the thread that runs steps.
@@ -85,22 +86,34 @@ class InProcessExecutor:
         return self._runner.execute(plan).wait()
 
 
-def _load(config: EngineConfig, model_config: ModelConfig, setup: DeviceSetup) -> ModelRunner:
-    start = time.perf_counter()
+def _load(
+    config: EngineConfig, model_config: ModelConfig, setup: DeviceSetup
+) -> tuple[ModelRunner, KVCacheSize]:
+    """Bring the model up, and log what each phase took."""
+    phases: list[str] = []
+    begin = time.perf_counter()
+
+    def done(phase: str) -> None:
+        nonlocal begin
+        now = time.perf_counter()
+        phases.append(f"{phase} {now - begin:.2f} s")
+        begin = now
+
     if setup.device.type == "cpu":
         cpu_kernels.set_num_threads(setup.cpu_threads)
         # PyTorch gets threads only where it does the large products.
         native = setup.dtype == torch.bfloat16 and cpu_kernels.has_native_bf16()
         torch.set_num_threads(setup.cpu_threads if native else 1)
         cpu_kernels.warm_up(setup.dtype)
-    compiled = time.perf_counter()
+        done("CPU kernels")
     loaded = load_model(config, model_config, device=setup.device, dtype=setup.dtype)
-    weights = time.perf_counter()
+    done("weights")
     runner = ModelRunner(config, model_config, setup, loaded.model)
-    memory = time.perf_counter()
-    runner.warm_up()
-    logger.info(
-        "start: kernels %.2f s, weights %.2f s, memory %.2f s, graphs %.2f s",
-        compiled - start, weights - compiled, memory - weights, time.perf_counter() - memory,
-    )  # fmt: skip
-    return runner
+    runner.compile_kernels()
+    done("kernels")
+    size = runner.allocate_cache()
+    done("KV cache")
+    runner.capture_graphs()
+    done("graphs")
+    logger.info("start: %s", ", ".join(phases))
+    return runner, size

@@ -14,7 +14,7 @@ from charonia.models import CausalLM
 from charonia.worker import prompt_logprobs
 from charonia.worker.attention import KVCache, PagedAttention
 from charonia.worker.batch import InputBatch, StepBuffers, StepLayout
-from charonia.worker.cuda_graphs import GraphKey, StepGraphs, dry_run_keys
+from charonia.worker.cuda_graphs import GraphKey, GraphSizes, StepGraphs, dry_run_keys
 from charonia.worker.device_sampler import DeviceSampler
 from charonia.worker.memory import KVCacheSize, cpu_budget_bytes, gpu_budget_bytes, size_kv_cache
 from charonia.worker.results import DeviceStep, HostTokens, PendingTokens, TokenOutbox
@@ -31,7 +31,8 @@ MIN_SHARING_ENTRIES = 4
 def pays_to_share(layout: StepLayout) -> bool:
     """Whether the entries' common prefix is long enough, and shared by enough of them, to be read once for all.
 
-    Beside chunks it is not: their step takes so long that a graph of its own, captured when it is met first, is no gain.
+    Beside chunks it is not: their step takes so long that a graph of its own, captured when it is met first, is no
+    gain.
     """
     enough = layout.common_prefix >= MIN_SHARED_KEYS and layout.num_entries >= MIN_SHARING_ENTRIES
     return layout.decodes_only and enough
@@ -83,22 +84,32 @@ class ModelRunner:
                 max_num_seqs, model_config.hidden_size, dtype=setup.dtype, device=device
             )
             if not config.enforce_eager:
-                self._graphs = StepGraphs(
-                    self._run_shape, max_num_seqs=max_num_seqs, max_num_tokens=setup.max_num_batched_tokens,
-                    device=device,
-                )  # fmt: skip
+                sizes = GraphSizes(max_num_seqs=max_num_seqs, max_num_tokens=setup.max_num_batched_tokens)
+                self._graphs = StepGraphs(self._run_shape, sizes, device)
+        # Until the real one is allocated: the null block alone.
         self._cache = self._allocate_cache(1)
-        if device.type == "cuda":
+
+    # ---- before the first step, in this order ----
+
+    def compile_kernels(self) -> None:
+        """Compile every kernel that a step may launch, of every shape that is compiled for itself."""
+        if self._setup.device.type == "cuda":
             with gpu.compile_only(os.cpu_count() or 1):
                 self._dry_run()
-        self.kv_cache_size = self._size_kv_cache()
-        self._cache = self._allocate_cache(self.kv_cache_size.num_blocks)
+
+    def allocate_cache(self) -> KVCacheSize:
+        """Allocate the KV cache; returns its size. Raises `ConfigError` if one sequence of full length does not fit."""
+        size = self._size_kv_cache()
+        self._cache = self._allocate_cache(size.num_blocks)
+        return size
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """Capture the graphs of the common modes, which also compiles every kernel that they reach."""
+    def capture_graphs(self) -> None:
+        """Capture the steps of the common modes."""
         if self._graphs is not None:
-            self._graphs.capture(self._graphs.keys(SamplingMode.PLAIN))
+            self._graphs.capture(self._graphs.sizes.keys(SamplingMode.PLAIN))
+
+    # ---- steps ----
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> DeviceStep:
@@ -112,7 +123,7 @@ class ModelRunner:
         mode = self._sampler.mode()
         scores_prompt = prompt_logprobs.wanted(layout, rows)
         shares_prefix = self._plan is not None and pays_to_share(layout)
-        key = None if graphs is None or scores_prompt else graphs.key_for(layout, mode, shares_prefix)
+        key = None if graphs is None or scores_prompt else graphs.sizes.key_for(layout, mode, shares_prefix)
         layout.stage(rows, layout.num_entries if key is None else key.num_entries)
         rows.flush()
         if graphs is None or key is None:
@@ -197,11 +208,9 @@ class ModelRunner:
         )  # fmt: skip
         return draw
 
-    # ---- before the first step ----
-
     @torch.inference_mode()
     def _dry_run(self) -> None:
-        """Launch every kernel that a step may launch, of every shape that is compiled for itself; touches no row."""
+        """Launch what any step may launch; touches no row."""
         self._rows.dry_run()
         setup, sketch = self._setup, self._model.sketch()
         for key in dry_run_keys(
@@ -244,7 +253,7 @@ class ModelRunner:
         graphs_take = 0
         if self._graphs is not None:
             free_before, _ = torch.cuda.mem_get_info(device)
-            keys = self._graphs.keys(SamplingMode.PLAIN)
+            keys = self._graphs.sizes.keys(SamplingMode.PLAIN)
             self._graphs.capture([keys[0], next(key for key in keys if key.decodes_only)])
             graphs_take = free_before - torch.cuda.mem_get_info(device)[0]
             self._graphs.clear()

@@ -43,7 +43,7 @@ class HostTokens:
 
 @dataclass(frozen=True, slots=True)
 class CopiedTokens:
-    """Tokens that are being copied into pinned memory. begun and copied: when the step began and its tokens are there."""
+    """Tokens on their way into pinned memory. begun and copied: when the step began, and its tokens are there."""
 
     pinned: torch.Tensor
     begun: torch.Event

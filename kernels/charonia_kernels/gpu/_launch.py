@@ -4,7 +4,7 @@ With PDL (CUDA programming guide, "Programmatic Dependent Launch") a kernel may 
 stream still runs. Two rules keep that sound, and every kernel of this package follows them:
 
 * Before `gdc_wait` a kernel reads only what no kernel of a step writes: weights, rotary tables, constants.
-* Every program calls `gdc_wait` before it ends, so that "the kernel before me is complete" carries over the whole chain.
+* Every program calls `gdc_wait` before it ends, so that "the kernel before me is complete" holds along the whole chain.
 
 `gdc_launch_dependents` only lets the next kernel start early; it promises nothing about memory.
 """

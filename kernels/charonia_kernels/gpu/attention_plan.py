@@ -97,8 +97,8 @@ class AttentionPlan:
 
     batch: entries, padding included. tokens: flat query tokens, padding included. has_decodes: some entry may have at
     most max_decode_query_len query tokens; without it all entries are prefills. has_prefills: some entry may have more.
-    has_cascade: the decodes may share a prefix, whose length is on the device. split: how keys are divided; small_split: in
-    batches of up to `SMALL_BATCH` entries.
+    has_cascade: the decodes may share a prefix, whose length is on the device. split: how keys are divided;
+    small_split: in batches of up to `SMALL_BATCH` entries.
     """
 
     batch: int

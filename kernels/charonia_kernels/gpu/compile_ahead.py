@@ -13,6 +13,8 @@ from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import Any
 
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
@@ -30,8 +32,10 @@ class ForkingExecutor(Executor):
     is to raise.
     """
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(self, num_processes: int, finish: Callable[[Any], object]) -> None:
+        """`finish` is called in the children alone, with what each call returns."""
         self._num_processes = num_processes
+        self._finish = finish
         self._calls: list[tuple[Call, Future[Any]]] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
@@ -47,7 +51,7 @@ class ForkingExecutor(Executor):
         # Dealt like cards: the first calls, which may be the longest, go to different children.
         shares = [share for i in range(self._num_processes) if (share := work[i :: self._num_processes])]
         if len(shares) > 1:
-            _wait_for([_fork(share) for share in shares])
+            _wait_for([_fork(share, self._finish) for share in shares])
         for call, future in calls:
             try:
                 future.set_result(call())
@@ -55,7 +59,7 @@ class ForkingExecutor(Executor):
                 future.set_exception(error)
 
 
-def _fork(calls: Sequence[Call]) -> int:
+def _fork(calls: Sequence[Call], finish: Callable[[Any], object]) -> int:
     """A child that makes the calls and ends. Whatever happens, nothing of the parent's runs in it."""
     pid = os.fork()
     if pid > 0:
@@ -63,7 +67,7 @@ def _fork(calls: Sequence[Call]) -> int:
     failed = 0
     for call in calls:
         try:
-            call()
+            finish(call())
         except BaseException:
             failed = 1  # the parent meets the error itself
     os._exit(failed)
@@ -82,6 +86,11 @@ def _wait_for(pids: Sequence[int]) -> None:
         time.sleep(_POLL_S)
 
 
+def _build_launcher(kernel: CompiledKernel) -> None:
+    """Up to Triton 3.6 a C compiler builds the launcher of every kernel at its first launch; that is cached too."""
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
 @contextmanager
 def compile_only(num_processes: int) -> Iterator[None]:
     """Inside, a launch of a kernel only notes it; at the end all of them are compiled, in `num_processes` processes.
@@ -97,7 +106,7 @@ def compile_only(num_processes: int) -> Iterator[None]:
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    executor = ForkingExecutor(num_processes)
+    executor = ForkingExecutor(num_processes, _build_launcher)
     JITFunction.run = compile_instead
     try:
         with AsyncCompileMode(executor):

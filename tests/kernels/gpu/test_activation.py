@@ -1,5 +1,4 @@
 import pytest
-import support.interpreter_floats  # noqa: F401
 import torch
 from charonia_kernels import reference
 from charonia_kernels.gpu._launch import H100

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from charonia_kernels.gpu._launch import H100, INTERPRETED, DeviceTraits
+from charonia_kernels.gpu._launch import H100, DeviceTraits
 from charonia_kernels.gpu.attention_decode import decode_config
 from charonia_kernels.gpu.attention_plan import (
     AttentionPlan,
@@ -24,27 +24,6 @@ FP8 = torch.float8_e4m3fn
 # times the values, in units of 2**-24.
 DEPTH = {torch.float32: 256, torch.float16: 2**13, torch.bfloat16: 2**16}
 A100 = DeviceTraits((8, 0), 108, 166_912)
-
-
-@pytest.fixture(autouse=True)
-def _bfloat16_products(monkeypatch):
-    """Triton 3.6's interpreter multiplies the bit patterns of bf16 matrices; here it multiplies their values."""
-    if not INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.create_dot
-
-    def widen(handle):
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return original(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 @dataclass(frozen=True)

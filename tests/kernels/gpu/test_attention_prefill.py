@@ -23,27 +23,6 @@ FP8 = torch.float8_e4m3fn
 DEPTH = {torch.float32: 64, torch.float16: 2**13, torch.bfloat16: 2**16}
 
 
-@pytest.fixture(autouse=True)
-def _bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter multiplies the bit patterns of bf16 matrices; here it multiplies their values."""
-    if not INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    original = InterpreterBuilder.create_dot
-
-    def widen(handle: TensorHandle) -> TensorHandle:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
-
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
-        return original(self, widen(a), widen(b), *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
 @dataclass(frozen=True)
 class Case:
     """sequences: (query tokens, keys) of each. Table rows are the sequences' numbers in reverse, one row unused."""

@@ -14,7 +14,7 @@ def note(path: Path) -> int:
 
 
 def test_each_call_is_made_by_a_child_and_by_the_parent(tmp_path: Path) -> None:
-    executor = ForkingExecutor(3)
+    executor = ForkingExecutor(3, lambda _: note(tmp_path / "finished"))
     futures = [executor.submit(note, tmp_path / str(i)) for i in range(7)]
     assert not any(future.done() for future in futures)
     executor.run()
@@ -25,6 +25,7 @@ def test_each_call_is_made_by_a_child_and_by_the_parent(tmp_path: Path) -> None:
         assert int(parent) == os.getpid()
         children.append(int(child))
     assert children[0] == children[3] == children[6] and len(set(children)) == 3
+    assert sorted((tmp_path / "finished").read_text().split()) == sorted(map(str, children))
 
 
 def test_what_fails_in_a_child_raises_in_the_parent(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_what_fails_in_a_child_raises_in_the_parent(tmp_path: Path) -> None:
         note(tmp_path / "tries")
         raise RuntimeError("no such instruction")
 
-    executor = ForkingExecutor(2)
+    executor = ForkingExecutor(2, lambda _: None)
     bad, good = executor.submit(fail), executor.submit(note, tmp_path / "good")
     executor.run()
     with pytest.raises(RuntimeError, match="no such instruction"):

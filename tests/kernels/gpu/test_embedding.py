@@ -1,5 +1,4 @@
 import pytest
-import support.interpreter_floats  # noqa: F401
 import torch
 from charonia_kernels.gpu._launch import H100
 from charonia_kernels.gpu.embedding import embedding, gather_last_rows, row_copy_config

@@ -2,8 +2,6 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
-import support.interpreter_floats
-import support.interpreter_products  # noqa: F401
 import torch
 from charonia_kernels.gpu import linear_choice
 from charonia_kernels.gpu._launch import H100, DeviceTraits, traits

@@ -1,5 +1,4 @@
 import pytest
-import support.interpreter_floats  # noqa: F401
 import torch
 from charonia_kernels.gpu._launch import H100
 from charonia_kernels.gpu.rope import RopeConfig, qk_norm_rope_write, rope_config

@@ -123,9 +123,12 @@ def measure_rows(
         live = LiveRequest(request, None, prompt, None, inputs.eos_token_ids, final_only=True)
         live.first_id = i
         batch.add(live, inputs.expand(request, prompt, i))
-    goal = core.stats().generated_tokens + rows * WARM_UP_STEPS
-    while batch.num_open == rows and (core.stats().generated_tokens < goal or core.stats().num_waiting):
+    pure = 0
+    while batch.num_open == rows and pure < WARM_UP_STEPS:
+        scheduled = core.stats().scheduled_tokens
         batch.push(core.step())
+        # Steps that still compute prompts are of another kind, even once the first rows have begun to decode.
+        pure = pure + 1 if core.stats().scheduled_tokens - scheduled == rows else 0
     if batch.num_open < rows:
         raise ConfigError(
             f"engine setting 'max_model_len' or the KV cache is too small for {rows} rows at once"

@@ -1,8 +1,9 @@
-"""Makes Triton's interpreter round as the hardware does; import it before running kernels.
+"""Makes Triton's interpreter compute as the hardware does; import it before running kernels.
 
-Triton 3.6's interpreter truncates fp32 to bf16, and its rounding of other narrow types loses the carry into the
-exponent. Here PyTorch converts: to nearest, ties to even. (Where fp8 overflows, the hardware saturates and PyTorch
-gives NaN: kernels have to clamp.)
+Triton's interpreter (3.6 and 3.7) truncates fp32 to bf16, its rounding of other narrow types loses the carry into the
+exponent, and its `tl.dot` multiplies the bit patterns of bf16 matrices. Here PyTorch converts, to nearest, ties to
+even, and `tl.dot` multiplies values. (Where fp8 overflows, the hardware saturates and PyTorch gives NaN: kernels have
+to clamp.)
 """
 
 from typing import Any
@@ -37,5 +38,17 @@ def convert_float(source: np.ndarray, source_type: Any, target_type: Any, roundi
 
 if INTERPRETED:
     from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    _create_dot = InterpreterBuilder.create_dot
+
+    def _widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return _create_dot(self, _widened(a), _widened(b), *rest)
 
     interpreter._convert_float = convert_float
+    InterpreterBuilder.create_dot = create_dot
