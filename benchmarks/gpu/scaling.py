@@ -61,9 +61,8 @@ def main() -> None:
         model_config = ModelConfig.from_dir(directory)
         core, _ = build_engine(config, model_config)
         inputs = InputProcessor(config, model_config, None)
-        print(
-            f"{torch.cuda.get_device_name()}, {args.model}\n  rows context   ms/step   device    floor  of floor     tok/s"
-        )
+        print(f"{torch.cuda.get_device_name()}, {args.model}")
+        print("  rows context   ms/step   device    floor  of floor     tok/s")
         for rows, context in ROWS + CONTEXTS:
             if context + 64 > limit:
                 continue

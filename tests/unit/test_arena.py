@@ -118,6 +118,7 @@ def test_long_writes_are_split(staged_writer: MakeWriter, length: int, before: i
     expected[200 : 200 + length] = torch.arange(1, length + 1)
     assert arena.storage.equal(expected)
     assert len(sent) == -(-(before + length) // 50)
+    assert sum(sent) == len(sent) + (before > 0), "no segment is empty"
 
 
 def test_many_writes_take_several_copies(staged_writer: MakeWriter) -> None:

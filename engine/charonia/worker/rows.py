@@ -17,9 +17,8 @@ from charonia.worker.sampling_mode import SamplingMode, mode_of
 class RowState:
     """What the host knows of an occupied row.
 
-    num_prompt: prompt length. rules: of the constraints on its
-    tokens, on a CPU (a GPU's sampler has its own). mode: what it asks of the sampler. The rest is as
-    in `NewRow`.
+    num_prompt: prompt length. rules: the constraints on its tokens, on a CPU (a GPU's sampler has its own). mode: what
+    it asks of the sampler. The rest is as in `NewRow`.
     """
 
     num_prompt: int
