@@ -1,6 +1,8 @@
-"""Draws what `scaling.py --out` wrote; needs matplotlib.
+"""Draws what `scaling.py --out` wrote.
 
     python benchmarks/gpu/plot_scaling.py scaling.json benchmarks/figures/scaling-llama8b.svg
+
+Needs matplotlib.
 """
 
 import json
@@ -25,7 +27,9 @@ def main() -> None:
         (panels[1], by_context, "context", "1 row"),
     ):
         x = [item[key] for item in items]
-        panel.plot(x, [1e3 * item["rows"] / item["floor_ms"] for item in items], "--", color="grey", label="floor")
+        panel.plot(
+            x, [1e3 * item["rows"] / item["floor_ms"] for item in items], "--", color="grey", label="floor"
+        )
         panel.plot(x, [1e3 * item["rows"] / item["ms"] for item in items], "o-", label="charonia")
         panel.set(xscale="log", xlabel=key, ylabel="tokens/s", title=f"{data['model']}, {title}")
         panel.set_xticks(x, [f"{value:,}" for value in x])
