@@ -25,6 +25,10 @@ FULL_ARCH = 90
 """All cases are compiled for this architecture, for others the first of each kernel."""
 
 
+BINDER_LOCALS = {"params", "specialization", "options", "backend"}
+"""Names that Triton's launch binder uses itself: an argument of such a name is mistaken for it at the first launch."""
+
+
 @dataclass(frozen=True)
 class AotCase:
     """One specialisation of a kernel as a launcher would ask for it.
@@ -95,6 +99,7 @@ def compile_case(case: AotCase, arch: int) -> tuple[int, int, int]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     names = case.kernel.arg_names
+    assert not BINDER_LOCALS & set(names), f"{case.name}: rename {BINDER_LOCALS & set(names)}"
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     aligned = {name for name, kind in case.signature.items() if kind.startswith("*")} | set(case.aligned)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}

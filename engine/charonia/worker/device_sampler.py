@@ -8,7 +8,7 @@ from charonia_kernels.logit_rule_layout import RECORD_WORDS, RuleSet, build_rule
 
 from charonia.core.step import NewRow, StepPlan
 from charonia.worker.batch import InputBatch, StepLayout
-from charonia.worker.logprobs import SampledLogprobs
+from charonia.worker.logprobs import SampledLogprobs, scores_sent_to_host, sent_to_host
 from charonia.worker.results import TokenOutbox
 from charonia.worker.rows import RequestRows
 from charonia.worker.rule_pool import RulePool
@@ -142,4 +142,5 @@ class DeviceSampler:
         index = torch.tensor(entries).pin_memory().to(logits.device, non_blocking=True)
         # A copy: the outbox belongs to the next step before anyone reads this.
         chosen = tokens[index]
-        return SampledLogprobs(rows, counts, chosen, logprobs(logits[index], chosen, max(counts)))
+        scores = scores_sent_to_host(logprobs(logits[index], chosen, max(counts)))
+        return SampledLogprobs(rows, counts, sent_to_host(chosen), scores)

@@ -8,7 +8,7 @@ from charonia_kernels import Logprobs, logprobs
 
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import StepLayout
-from charonia.worker.logprobs import token_logprobs
+from charonia.worker.logprobs import scores_sent_to_host, sent_to_host, token_logprobs
 from charonia.worker.rows import RequestRows
 
 POSITIONS_AT_ONCE = 128
@@ -25,7 +25,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """One step's share of them, still on the device."""
+    """One step's share of them, on its way to the host."""
 
     parts: list[_Part] = field(default_factory=list)
 
@@ -52,11 +52,12 @@ class PromptLogprobs:
                 size = min(POSITIONS_AT_ONCE, length - offset)
                 logits = compute_logits(hidden[flat[entry] + offset :][:size])
                 tokens = rows.token_ids[row, first + offset + 1 :][:size]
-                parts.append(_Part(row, count, tokens.clone(), logprobs(logits, tokens, count)))
+                scores = scores_sent_to_host(logprobs(logits, tokens, count))
+                parts.append(_Part(row, count, sent_to_host(tokens.clone()), scores))
         return cls(parts)
 
     def collect(self) -> dict[int, list[TokenLogprobs]]:
-        """By row, in the order of positions; waits for the device."""
+        """By row, in the order of positions; for after the step has completed."""
         found: dict[int, list[TokenLogprobs]] = {}
         for part in self.parts:
             entries = token_logprobs(part.scores, part.tokens, [part.count] * len(part.tokens))

@@ -15,10 +15,10 @@ from charonia.worker.sampling_mode import SamplingMode
 
 
 class LogprobsResult(Protocol):
-    """Log-probabilities that may still be on the device."""
+    """Log-probabilities that may still be on their way to the host."""
 
     def collect(self) -> dict[int, TokenLogprobs]:
-        """By row; waits for the device."""
+        """By row; for after the step has completed."""
 
 
 @dataclass(frozen=True, slots=True)
