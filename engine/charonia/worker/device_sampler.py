@@ -13,7 +13,7 @@ from charonia.worker.results import TokenOutbox
 from charonia.worker.rows import RequestRows
 from charonia.worker.rule_pool import RulePool
 from charonia.worker.sampling import Draw
-from charonia.worker.sampling_mode import SamplingMode
+from charonia.worker.sampling_mode import SamplingMode, is_penalised
 
 _POOL_WORDS = 1 << 20
 
@@ -97,11 +97,7 @@ class DeviceSampler:
 
     def _enter(self, new: NewRow) -> None:
         sampling = new.sampling
-        if (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (
-            1.0,
-            0.0,
-            0.0,
-        ):
+        if is_penalised(sampling):
             self._penalised.add(new.row)
         rules = build_rules(
             self._vocab_size,
