@@ -38,11 +38,6 @@ class DeviceTraits:
         """Whether kernels may be launched as programmatic dependents."""
         return self.capability >= (9, 0) and not INTERPRETED
 
-    @property
-    def has_tma(self) -> bool:
-        """Whether tensor descriptors are bulk copies in hardware."""
-        return self.capability >= (9, 0)
-
 
 H100 = DeviceTraits((9, 0), 132, 232_448)
 """Stands in for a device in the interpreter."""

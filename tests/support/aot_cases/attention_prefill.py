@@ -39,7 +39,7 @@ def cases() -> Iterator[AotCase]:
             constexprs: dict[str, Any] = {
                 "G": group, "HEAD_DIM": dim, "HEAD_PAD": 1 << (dim - 1).bit_length(), "BLOCK_SIZE": block_size,
                 "WINDOW": window, "SOFT_CAP": cap, "ITEM_ROWS": ITEM_ROWS, "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n, "USE_PDL": device.has_tma,
+                "BLOCK_N": config.block_n, "USE_PDL": device.has_pdl,
             }  # fmt: skip
             if cache == "fp8e4nv":
                 signature |= {"k_scale_ptr": "*fp32", "v_scale_ptr": "*fp32"}
@@ -55,5 +55,5 @@ def cases() -> Iterator[AotCase]:
                 num_stages=config.stages,
                 aligned=("q_stride", "out_stride"),
                 archs=(arch,),
-                options={"launch_pdl": device.has_tma},
+                options={"launch_pdl": device.has_pdl},
             )
