@@ -7,6 +7,7 @@ Prints a line of JSON for the start-up and for each workload, then a table. Sett
 
 import argparse
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -160,8 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="charonia-bench-") as directory:
         changes = TINY if options.tiny else {}
         (Path(directory) / "config.json").write_text(json.dumps(MODELS[options.model] | changes))
+        import torch
         from charonia import LLM
 
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
         with LLM(directory, **engine_settings(options)) as llm:
             startup = {
                 "engine": "charonia",
@@ -179,6 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(rows[-1]), flush=True)
                 if options.out is not None:
                     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            if torch.cuda.is_available():
+                free, total = torch.cuda.mem_get_info()
+                print(f"memory in use {(total - free) / total:.4f}", flush=True)
     print(table(rows))
     return 0
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from charonia_kernels.gpu import logit_rules, logprobs, penalties, sampling
+from charonia_kernels.gpu import logit_rules, penalties, sampling
 from charonia_kernels.gpu._launch import INTERPRETED, traits
+from charonia_kernels.gpu.logprobs import logprobs, logprobs_config
 from charonia_kernels.gpu.sampling import SampleScratch, sample, sample_config
 from charonia_kernels.gpu.sampling_filters import FilterConfig, filter_config, filter_thresholds
 from charonia_kernels.logit_rule_layout import build_rules
@@ -180,7 +181,7 @@ def check_rules(vocab: int) -> None:
 def check_logprobs(vocab: int, dtype: torch.dtype) -> None:
     """Log-probabilities and ranks are the reference's."""
     logits, tokens = random_logits(3, vocab, dtype), ints([0, 5, vocab - 1])
-    result = logprobs.logprobs(logits, tokens, 20)
+    result = logprobs(logits, tokens, 20)
     expected = logprobs_reference.logprobs(logits.double(), tokens, 20)
     own, rank, values = expected.own, expected.rank, expected.top_values
     torch.testing.assert_close(result.own.double(), own, rtol=1e-5, atol=1e-5)
@@ -373,15 +374,15 @@ def sweep(result: Table, sizes: Sizes, batch: int, vocab: int, dtype: torch.dtyp
             )
     if dtype == torch.float32:
         sweep_penalties(result, sizes, pool, base)
-    config = logprobs.logprobs_config(traits(DEVICE))
+    config = logprobs_config(traits(DEVICE))
     tokens = ints(range(batch))
     result.add(
         {"op": "logprobs 0", **base, "default": True}, config, size,
-        lambda n: logprobs.logprobs(pool[n], tokens, 0), copies,
+        lambda n: logprobs(pool[n], tokens, 0), copies,
     )  # fmt: skip
     result.add(
         {"op": "logprobs 20", **base, "default": True}, config, size,
-        lambda n: logprobs.logprobs(pool[n], tokens, 20), copies,
+        lambda n: logprobs(pool[n], tokens, 20), copies,
     )  # fmt: skip
 
 
@@ -432,7 +433,7 @@ def compile_all(sizes: Sizes) -> None:
         work += [partial(check_penalties, vocab, 100), partial(check_rules, vocab)]
         for dtype in (torch.bfloat16, torch.float32):
             logits = random_logits(1, vocab, dtype)
-            work.append(partial(logprobs.logprobs, logits, rows, 20))
+            work.append(partial(logprobs, logits, rows, 20))
             filters = filter_configs(vocab)
             if vocab == odd or (dtype == torch.float32 and vocab != sizes.vocabs[0]):
                 filters = filters[:1]

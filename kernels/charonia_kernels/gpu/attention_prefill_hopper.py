@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from charonia_kernels.gpu._gluon import barrier
 from charonia_kernels.gpu._launch import DeviceTraits
 
 if TYPE_CHECKING:
@@ -119,18 +120,22 @@ def _softmax_step(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _silence(values, tile, first_key, stop):  # type: ignore[no-untyped-def]
+def _silence(values, tile, first_key, stop, silenced, phase, PART: gl.constexpr):  # type: ignore[no-untyped-def]
     """Zero the values of keys outside [first_key, stop), which may be NaN: weight zero would not silence them.
 
-    Both warpgroups do it, each before it reads; that the one may write what the other reads does no harm, as they write
-    the same.
+    Each warpgroup does its half of the tile and waits for the other.
     """
+    HALF: gl.constexpr = values.shape[0] // 2
     WIDTH: gl.constexpr = values.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    key = tile + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, layout))
+    half = values.slice(PART * HALF, HALF)
+    key = tile + PART * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
     exists = (key >= first_key) & (key < stop)
-    values.store(gl.where(exists[:, None], values.load(layout), 0.0))
+    half.store(gl.where(exists[:, None], half.load(layout), 0.0))
     fence_async_shared()
+    barrier()
+    mbarrier.arrive(silenced, count=1)
+    mbarrier.wait(silenced, phase)
 
 
 @gluon.jit
@@ -200,6 +205,7 @@ def _warpgroup(  # type: ignore[no-untyped-def]
     value_full,
     value_free,
     turns,
+    silenced,  # [1, 1], by both warpgroups
     scale,
     q_stride,
     out_stride,
@@ -261,7 +267,7 @@ def _warpgroup(  # type: ignore[no-untyped-def]
     if WINDOW > 0:
         if first_key > start:
             mbarrier.wait(value_full.index(0), 0)
-            _silence(values.index(0), start, first_key, stop)
+            _silence(values.index(0), start, first_key, stop, silenced.index(0), 0, PART)
         plain = gl.minimum(gl.maximum(gl.cdiv(stop - WINDOW - start, BLOCK_N), 1), tiles)
         state = _attend(
             state, queries, keys, values, key_full, key_free, value_full, value_free, turns,
@@ -285,7 +291,8 @@ def _warpgroup(  # type: ignore[no-untyped-def]
     mbarrier.wait(value_full.index(last), ((tiles - 1) // STAGES) & 1)
     end = start + tiles * BLOCK_N
     if end > stop:
-        _silence(values.index(last), end - BLOCK_N, first_key, stop)
+        phase = (first_key > start).to(gl.int32) if WINDOW > 0 else 0
+        _silence(values.index(last), end - BLOCK_N, first_key, stop, silenced.index(0), phase, PART)
     acc = warpgroup_mma(weights, values.index(last), acc, is_async=True)
     factor = gl.convert_layout(1.0 / total, gl.SliceLayout(1, acc_layout))
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -328,6 +335,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
+    silenced = gl.allocate_shared_memory(gl.int64, [1, 1], barriers)
+    mbarrier.init(silenced.index(0), count=2)
     for slot in gl.static_range(2):
         mbarrier.init(turns.index(slot), count=1)
     for slot in gl.static_range(STAGES):
@@ -359,7 +368,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
                 _warpgroup,
                 (
                     q_ptr, out_ptr, queries.index(0), keys, values, key_full, key_free, value_full, value_free,
-                    turns, scale, q_stride, out_stride, head, first, count, start, begin,
+                    turns, silenced, scale, q_stride, out_stride, head, first, count, start, begin,
                     0, PING_PONG, G, HEAD_DIM, WINDOW, SOFT_CAP,
                 ),
             ),
@@ -367,7 +376,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
                 _warpgroup,
                 (
                     q_ptr, out_ptr, queries.index(1), keys, values, key_full, key_free, value_full, value_free,
-                    turns, scale, q_stride, out_stride, head, first, count, start, begin,
+                    turns, silenced, scale, q_stride, out_stride, head, first, count, start, begin,
                     1, PING_PONG, G, HEAD_DIM, WINDOW, SOFT_CAP,
                 ),
             ),
