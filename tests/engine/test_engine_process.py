@@ -334,7 +334,8 @@ def test_deadline(shared: AsyncEngine) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "match"),
     [({"num_kv_blocks_override": 2}, (ConfigError, ModelLoadError), "max_model_len"),
-     ({"load_format": "safetensors"}, ModelLoadError, "safetensors")],
+     ({"load_format": "safetensors"}, ModelLoadError, "safetensors"),
+     ({"skip_tokenizer_init": True}, ConfigError, "skip_tokenizer_init")],
 )  # fmt: skip
 def test_a_failing_start_says_why(
     config: EngineConfig, runtime_dir: Path, settings: dict[str, object], error: type[Exception], match: str
