@@ -153,7 +153,11 @@ class ModelRunner:
     ) -> _EagerStep:
         batch = self._buffers.batch(layout.num_entries, layout.num_tokens)
         hidden = self._forward(
-            batch, has_chunks=bool((layout.lengths > 1).any()), shares_prefix=shares_prefix, model=self._model
+            batch,
+            has_chunks=bool((layout.lengths > 1).any()),
+            decodes_only=layout.decodes_only,
+            shares_prefix=shares_prefix,
+            model=self._model,
         )
         scores = None
         if scores_prompt:
@@ -168,6 +172,7 @@ class ModelRunner:
         hidden = self._forward(
             batch,
             has_chunks=not key.decodes_only,
+            decodes_only=key.decodes_only,
             shares_prefix=key.shares_prefix,
             model=model or self._model,
         )
@@ -179,15 +184,27 @@ class ModelRunner:
             self._draw(last, batch, key.mode, None)
 
     def _forward(
-        self, batch: InputBatch, *, has_chunks: bool, shares_prefix: bool, model: CausalLM
+        self,
+        batch: InputBatch,
+        *,
+        has_chunks: bool,
+        decodes_only: bool,
+        shares_prefix: bool,
+        model: CausalLM,
     ) -> torch.Tensor:
-        """Hidden states of all tokens: [T, H]."""
+        """Hidden states of all tokens: [T, H].
+
+        has_chunks: some entry may have more than one token. decodes_only: the step has no chunk, not even of one token;
+        with one, an entry may see keys that another writes in this step.
+        """
         rows = self._rows
         self._buffers.prepare(batch)
         if self._plan is None:
             context = PagedAttention(self._cache, batch, rows.block_table[batch.rows])
         else:
-            plan = self._plan.sized(batch.num_entries, batch.num_tokens, True, has_chunks, shares_prefix)
+            plan = self._plan.sized(
+                batch.num_entries, batch.num_tokens, True, has_chunks, shares_prefix, decodes_only
+            )
             build_plan(plan, batch.query_start_loc, batch.seq_lens, batch.rows, rows.step_prefix)
             context = PagedAttention(self._cache, batch, rows.block_table, plan)
         return model(batch.input_ids, batch.positions, context)

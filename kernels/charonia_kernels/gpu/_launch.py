@@ -1,12 +1,21 @@
 """What launchers know about the device, and programmatic dependent launch (PDL).
 
 With PDL (CUDA programming guide, "Programmatic Dependent Launch") a kernel may start while the one before it in the
-stream still runs. Two rules keep that sound, and every kernel of this package follows them:
+stream still runs. Three rules keep that sound, and every kernel of this package follows them:
 
-* Before `gdc_wait` a kernel reads only what no kernel of a step writes: weights, rotary tables, constants.
-* Every program calls `gdc_wait` before it ends, so that "the kernel before me is complete" holds along the whole chain.
+* Before `gdc_wait` a kernel writes nothing, and reads only what no kernel of a step writes: weights, rotary tables,
+  constants; and what was complete before the step's fence (below).
+* Some program of every launch calls `gdc_wait` before it ends, so that "the kernel before me is complete" holds along
+  the whole chain; so does each program that reads what a kernel in front has written, or writes at all.
+* What a kernel reads before its wait though a kernel has written it comes from the L2 cache (`.cg`, or a bulk copy).
 
 `gdc_launch_dependents` only lets the next kernel start early; it promises nothing about memory.
+
+A *fence* is a kernel all of whose programs call `gdc_wait` before `gdc_launch_dependents`. Whatever starts after it
+starts when all before it is complete, and so may read that without a wait of its own, at once and in all kernels to
+come. A step has one: the gather of the embeddings (`embedding.py`), which comes after the kernels that prepare the step
+(rows, positions, slots, block tables, the plan of attention) and before all layers. Past it, those and the keys of
+earlier steps may be read early; keys and values of this step may not.
 """
 
 from dataclasses import dataclass

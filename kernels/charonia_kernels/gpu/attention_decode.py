@@ -8,17 +8,24 @@ tokens of the entry are the rows of one tile, so that keys and values are read o
 An entry of one item is written at once. Otherwise each program leaves its sums in the workspace, and the last one to
 finish, found by a counter, adds them up in the order of the items: the result does not depend on who was last. Sources:
 Dao et al., "Flash-Decoding for long-context inference" (2023).
+
+On Hopper, steps of single tokens have a kernel of their own with the same inputs (`attention_decode_hopper.py`).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 
+from charonia_kernels.gpu import attention_decode_hopper as hopper
 from charonia_kernels.gpu._attention_keys import attend_keys, for_cache
-from charonia_kernels.gpu._launch import DeviceTraits, gdc_launch_dependents, gdc_wait, traits
+from charonia_kernels.gpu._launch import INTERPRETED, DeviceTraits, gdc_launch_dependents, gdc_wait, traits
+from charonia_kernels.gpu.attention_decode_hopper import HopperDecodeConfig, hopper_decode_config
 from charonia_kernels.gpu.attention_plan import AttentionPlan
+
+Variant = Literal["portable", "hopper"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,28 @@ def decode_config(
     if cache_itemsize == 1:
         num_warps = min(num_warps, 2)  # measured on an H100: 2.5 TB/s, 2.1 with four
     return DecodeConfig(tile, num_warps, max(2, num_stages))
+
+
+def decode_variant(
+    plan: AttentionPlan,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    sliding_window: int | None,
+    device: DeviceTraits,
+    portable: bool = INTERPRETED,
+) -> Variant:
+    """Which kernel attends the decodes of a plan. portable: no instructions of one architecture."""
+    rows = plan.rows_per_entry
+    if (
+        not portable
+        and plan.only_newest_key_is_new
+        and plan.max_decode_query_len == 1
+        and not plan.has_cascade
+        and not sliding_window
+        and hopper.supported(plan.batch, rows, plan.head_dim, plan.block_size, dtype, cache_dtype, device)
+    ):
+        return "hopper"
+    return "portable"
 
 
 def combine_width(rows_pad: int, head_pad: int, num_warps: int) -> int:
@@ -270,7 +299,7 @@ def decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     *,
-    config: DecodeConfig | None = None,
+    config: DecodeConfig | HopperDecodeConfig | None = None,
 ) -> None:
     """Attend the query tokens of the plan's decode items; other rows of `out` are left alone.
 
@@ -287,12 +316,18 @@ def decode_attention(
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``.
         k_scale: one fp32: what stored keys are multiplied by.
         v_scale: the same of values.
-        config: instead of what `decode_config` finds best.
+        config: instead of what `decode_variant`, and `decode_config` or `hopper_decode_config`, find best.
     """
     if plan.decode_slots == 0:
         return
     device, space = traits(q.device), plan.workspace
     num_kv_heads, head_dim, rows = plan.num_kv_heads, plan.head_dim, plan.rows_per_entry
+    if config is None and decode_variant(plan, q.dtype, key_cache.dtype, sliding_window, device) == "hopper":
+        config = hopper_decode_config(plan.batch, rows, head_dim)
+    if isinstance(config, HopperDecodeConfig):
+        tensors = q, key_cache, value_cache, block_table
+        hopper.launch(*tensors, plan, out, scale, soft_cap or 0.0, config, device)
+        return
     config = config or decode_config(rows, head_dim, plan.block_size, key_cache.element_size(), device)
     head_pad, rows_pad = triton.next_power_of_2(head_dim), triton.next_power_of_2(rows)
     decode_kernel[(num_kv_heads, plan.decode_slots)](

@@ -98,7 +98,8 @@ class AttentionPlan:
     batch: entries, padding included. tokens: flat query tokens, padding included. has_decodes: some entry may have at
     most max_decode_query_len query tokens; without it all entries are prefills. has_prefills: some entry may have more.
     has_cascade: the decodes may share a prefix, whose length is on the device. split: how keys are divided;
-    small_split: in batches of up to `SMALL_BATCH` entries.
+    small_split: in batches of up to `SMALL_BATCH` entries. only_newest_key_is_new: every entry has one query token, and
+    all keys that it sees but that token's own were written by earlier steps.
     """
 
     batch: int
@@ -115,6 +116,7 @@ class AttentionPlan:
     split: SplitConfig
     small_split: SplitConfig
     workspace: Workspace
+    only_newest_key_is_new: bool = False
 
     @classmethod
     def allocate(
@@ -178,7 +180,13 @@ class AttentionPlan:
         )  # fmt: skip
 
     def sized(
-        self, batch: int, tokens: int, has_decodes: bool, has_prefills: bool, has_cascade: bool = False
+        self,
+        batch: int,
+        tokens: int,
+        has_decodes: bool,
+        has_prefills: bool,
+        has_cascade: bool = False,
+        only_newest_key_is_new: bool = False,
     ) -> "AttentionPlan":
         """The same buffers for a smaller step."""
         space = self.workspace
@@ -193,6 +201,7 @@ class AttentionPlan:
         return replace(
             self, batch=batch, tokens=tokens, has_decodes=has_decodes, has_prefills=has_prefills,
             has_cascade=has_cascade and has_decodes, split=self.small_split if batch <= SMALL_BATCH else self.split,
+            only_newest_key_is_new=only_newest_key_is_new and not has_prefills,
         )  # fmt: skip
 
     @property

@@ -405,7 +405,9 @@ class _Address:
 
 
 @lru_cache(maxsize=4096)
-def _descriptor(address: int, rows: int, head_dim: int, box: int, dtype: torch.dtype) -> TensorDescriptor:
+def cache_descriptor(
+    address: int, rows: int, head_dim: int, box: int, dtype: torch.dtype
+) -> TensorDescriptor:
     """Of a cache as a matrix of `rows` rows, copied in boxes of `box` rows, padded with zeros to a power of two."""
     width = triton.next_power_of_2(head_dim)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -429,8 +431,8 @@ def launch(
     num_blocks, num_kv_heads, block_size, head_dim = key_cache.shape
     shape = (num_blocks * num_kv_heads * block_size, head_dim, min(block_size, config.block_n), q.dtype)
     prefill_kernel[(prefill_items.shape[0], num_kv_heads)](
-        _descriptor(key_cache.data_ptr(), *shape),
-        _descriptor(value_cache.data_ptr(), *shape),
+        cache_descriptor(key_cache.data_ptr(), *shape),
+        cache_descriptor(value_cache.data_ptr(), *shape),
         q,
         block_table,
         prefill_items,

@@ -39,13 +39,14 @@ def embedding_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One tile of BLOCK lanes of a row; TILES tiles make a row. out [T, WIDTH] contiguous."""
-    gdc_launch_dependents(USE_PDL)
+    """One tile of BLOCK lanes of a row; TILES tiles make a row. out [T, WIDTH] contiguous. The step's fence."""
     program = tl.program_id(0)
     token = (program // TILES).to(tl.int64)
     columns = (program % TILES) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
+    # In this order: see "fence" in `_launch.py`.
     gdc_wait(USE_PDL)
+    gdc_launch_dependents(USE_PDL)
     row = tl.load(token_ids + token).to(tl.int64)
     values = tl.load(weight + row * weight_stride + columns, mask=inside)
     if scale is not None:
@@ -89,6 +90,8 @@ def embedding(
     config: RowCopyConfig | None = None,
 ) -> torch.Tensor:
     """Rows of the embedding matrix; see :func:`charonia_kernels.reference.embedding.embedding`.
+
+    On the device this is the fence of a step (`_launch.py`): kernels behind it may read early what lies before it.
 
     Args:
         token_ids: ``[T]`` int32 or int64, each in ``[0, V)``.

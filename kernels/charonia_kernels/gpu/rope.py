@@ -4,6 +4,9 @@ One program handles a group of heads of one kind (queries, keys or values) of on
 
     group   0 .. Q_GROUPS - 1    Q_GROUPS .. Q_GROUPS + KV_GROUPS - 1    .. GROUPS - 1
     kind    queries -> out       keys -> key_cache                       values -> value_cache
+
+Positions and slots were written before the step's fence (`_launch.py`): they, and the angles that the positions select,
+are read while the projection still runs.
 """
 
 from dataclasses import dataclass
@@ -60,7 +63,7 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 ):
     """Heads ``row + heads * HEAD_DIM`` where `own`, normalised if there is a weight, rotated: fp32 [HEADS, BLOCK].
 
-    Calls `gdc_wait`, after loading the weights.
+    Calls `gdc_wait`, after loading the weights and the angles.
     """
     HALF: tl.constexpr = ROT // 2
     # Everything is loaded as a whole tile, though all heads share weights and angles: loads of one row would get
@@ -74,13 +77,14 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
     if weight is not None:
         gain = tl.load(weight + lanes, mask=inside, other=0.0).to(tl.float32)
         partner_gain = tl.load(weight + partner, mask=turns, other=0.0).to(tl.float32)
+    position = tl.load(token_position, cache_modifier=".cg").to(tl.int64)
+    angles = cos_sin + position * ROT + tl.where(low, lanes, lanes - HALF)
+    cos = tl.load(angles, mask=turns, other=1.0)
+    sin = tl.load(angles + HALF, mask=turns, other=0.0)
     gdc_wait(USE_PDL)
-    angles = cos_sin + tl.load(token_position).to(tl.int64) * ROT + tl.where(low, lanes, lanes - HALF)
     first = row + heads * HEAD_DIM
     x = tl.load(first + lanes, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(first + partner, mask=turns, other=0.0).to(tl.float32)
-    cos = tl.load(angles, mask=turns, other=1.0)
-    sin = tl.load(angles + HALF, mask=turns, other=0.0)
     if weight is not None:
         inverse = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)[:, None]
         x = x * inverse * gain
@@ -90,7 +94,7 @@ def _norm_rotate(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _slot_offset(token_slot, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    slot = tl.load(token_slot).to(tl.int64)
+    slot = tl.load(token_slot, cache_modifier=".cg").to(tl.int64)
     return slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
 
 
@@ -146,20 +150,18 @@ def qk_norm_rope_write_kernel(  # type: ignore[no-untyped-def]
         heads = (group - Q_GROUPS) % KV_GROUPS * HEADS + tl.arange(0, HEADS)[:, None]
         own = heads < NUM_KV_HEADS
         inside = own & (lanes < HEAD_DIM)
+        place = _slot_offset(slot_mapping + token, block_stride, slot_stride, BLOCK_SIZE)
+        place += heads * head_stride + lanes
         if group < Q_GROUPS + KV_GROUPS:
             keys = row + NUM_HEADS * HEAD_DIM
             k = _norm_rotate(
                 keys, heads, own, k_weight, positions + token, cos_sin, eps, HEAD_DIM, ROT, BLOCK, USE_PDL
             )
-            place = _slot_offset(slot_mapping + token, block_stride, slot_stride, BLOCK_SIZE)
-            place += heads * head_stride + lanes
             tl.store(key_cache + place, _encode(k, k_scale, key_cache.dtype.element_ty), mask=inside)
         else:
             gdc_wait(USE_PDL)
             values = row + (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM
             v = tl.load(values + heads * HEAD_DIM + lanes, mask=inside, other=0.0).to(tl.float32)
-            place = _slot_offset(slot_mapping + token, block_stride, slot_stride, BLOCK_SIZE)
-            place += heads * head_stride + lanes
             tl.store(value_cache + place, _encode(v, v_scale, value_cache.dtype.element_ty), mask=inside)
 
 
@@ -220,8 +222,9 @@ def qk_norm_rope_write(
 
     Args:
         qkv: ``[T, (num_heads + 2 * num_kv_heads) * head_dim]``, fp32, bf16 or fp16; rows may be strided.
-        positions: ``[T]`` int64 or int32, contiguous.
-        slot_mapping: ``[T]`` int64 or int32, contiguous, each >= 0.
+        positions: ``[T]`` int64 or int32, contiguous; complete before the kernel in front starts, as is what lies
+            before a step's fence (`_launch.py`).
+        slot_mapping: ``[T]`` int64 or int32, contiguous, each >= 0; complete as early.
         cos_sin_cache: ``[P, rot]`` fp32, contiguous.
         key_cache: ``[num_blocks, num_kv_heads, block_size, head_dim]`` in fp32, bf16, fp16 or fp8 e4m3 (from compute
             capability 8.9 on), last dimension contiguous.

@@ -1,12 +1,14 @@
 """Work lists, decode attention, shared prefixes and the launch function against plain Python and the fp64 oracle."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from charonia_kernels.gpu._launch import H100, DeviceTraits
-from charonia_kernels.gpu.attention_decode import decode_config
+from charonia_kernels.gpu.attention_decode import decode_config, decode_variant
+from charonia_kernels.gpu.attention_decode_hopper import HopperDecodeConfig, hopper_decode_config
 from charonia_kernels.gpu.attention_plan import (
     AttentionPlan,
     SplitConfig,
@@ -359,6 +361,51 @@ def test_arguments_that_do_not_fit_are_refused():
         build_plan(
             plan, problem.starts.to(DEVICE), problem.seq_lens.long().to(DEVICE), problem.rows.to(DEVICE)
         )
+
+
+def test_which_kernel_attends():
+    steps = AttentionPlan.allocate(4, 64, 8, 2, 128, 64, DEVICE, has_cascade=True)
+    plan = steps.sized(4, 4, True, False, only_newest_key_is_new=True)
+    bf16, half = torch.bfloat16, torch.float16
+
+    def variant(
+        plan: AttentionPlan = plan,
+        kinds: tuple[torch.dtype, torch.dtype] = (bf16, bf16),
+        window: int | None = None,
+        device: DeviceTraits = H100,
+    ) -> str:
+        return decode_variant(plan, *kinds, window, device, portable=False)
+
+    assert variant() == "hopper"
+    assert variant(kinds=(half, half)) == "hopper"
+    assert variant(kinds=(bf16, FP8)) == "portable"
+    assert variant(kinds=(torch.float32, torch.float32)) == "portable"
+    assert variant(window=128) == "portable"
+    assert variant(replace(plan, batch=256)) == "portable", "bandwidth is all that counts"
+    assert variant(device=A100) == "portable"
+    assert variant(device=replace(H100, capability=(10, 0))) == "portable"
+    assert variant(steps.sized(4, 4, True, False)) == "portable", (
+        "an entry may see keys that another writes now"
+    )
+    assert variant(steps.sized(4, 9, True, True, False, True)) == "portable"
+    assert variant(steps.sized(4, 4, True, False, True, True)) == "portable", "of a shared prefix"
+    for changes in ({"block_size": 32}, {"max_decode_query_len": 2}, {"num_heads": 64}, {"head_dim": 512}):
+        assert variant(replace(plan, **changes)) == "portable", changes
+    assert decode_variant(plan, bf16, bf16, None, H100, portable=True) == "portable"
+
+
+def test_a_plan_of_the_largest_step_promises_nothing_about_keys():
+    plan = AttentionPlan.allocate(4, 64, 8, 2, 128, 64, DEVICE)
+    assert not plan.only_newest_key_is_new
+    assert not plan.sized(4, 9, True, True, only_newest_key_is_new=True).only_newest_key_is_new
+
+
+def test_rings_of_the_hopper_kernel_let_programs_share_a_multiprocessor():
+    for batch, rows, head_dim in itertools.product((1, 8, 9, 128), (1, 4, 16), (64, 96, 128, 256)):
+        config = hopper_decode_config(batch, rows, head_dim)
+        assert config.shared_bytes(head_dim) <= 65_536
+        assert config.early
+    assert HopperDecodeConfig(128, 1, 2).shared_bytes(96) == 3 * 128 * 128 * 2
 
 
 def test_heuristics():
