@@ -20,12 +20,13 @@ from triton.runtime.jit import JITFunction
 
 CHILDREN_TIMEOUT_S = 120.0
 _POLL_S = 0.005
+_NUMBER_BYTES = 2
 
 Call = Callable[[], Any]
 
 
 class ForkingExecutor(Executor):
-    """Collects calls; `run` makes them all, first shared out among forked children and then here, where each finds what
+    """Collects calls; `run` makes them all, first in forked children and then here, where each finds what
     a child left on disk.
 
     A child that fails or takes too long costs nothing but its time: the call here does the work, and raises what there
@@ -47,11 +48,15 @@ class ForkingExecutor(Executor):
     def run(self) -> None:
         """Make all calls; what they raise is in their futures."""
         calls, self._calls = self._calls, []
-        work = [call for call, _ in calls]
-        # Dealt like cards: the first calls, which may be the longest, go to different children.
-        shares = [share for i in range(self._num_processes) if (share := work[i :: self._num_processes])]
-        if len(shares) > 1:
-            _wait_for([_fork(share, self._finish) for share in shares])
+        num_children = min(self._num_processes, len(calls))
+        if num_children > 1:
+            # A pipe full of numbers, which children take one at a time: whoever is free has the next call.
+            numbers, end = os.pipe()
+            os.write(end, b"".join(i.to_bytes(_NUMBER_BYTES, "little") for i in range(len(calls))))
+            os.close(end)
+            work = [call for call, _ in calls]
+            _wait_for([_fork(work, numbers, self._finish) for _ in range(num_children)])
+            os.close(numbers)
         for call, future in calls:
             try:
                 future.set_result(call())
@@ -59,15 +64,15 @@ class ForkingExecutor(Executor):
                 future.set_exception(error)
 
 
-def _fork(calls: Sequence[Call], finish: Callable[[Any], object]) -> int:
-    """A child that makes the calls and ends. Whatever happens, nothing of the parent's runs in it."""
+def _fork(work: Sequence[Call], numbers: int, finish: Callable[[Any], object]) -> int:
+    """A child that makes calls until there is no number left. Whatever happens, nothing of the parent's runs in it."""
     pid = os.fork()
     if pid > 0:
         return pid
     failed = 0
-    for call in calls:
+    while number := os.read(numbers, _NUMBER_BYTES):
         try:
-            finish(call())
+            finish(work[int.from_bytes(number, "little")]())
         except BaseException:
             failed = 1  # the parent meets the error itself
     os._exit(failed)
