@@ -4,14 +4,25 @@
     compute-sanitizer --tool memcheck python benchmarks/gpu/sanitize.py
     compute-sanitizer --tool racecheck python benchmarks/gpu/sanitize.py
 
-bf16, one layer, without graphs: chunked prompts beside decodes, a shared prefix, filters, penalties, rules, logprobs.
+bf16, one layer, without graphs: chunked prompts beside decodes, a shared prefix, filters, penalties, rules, logprobs;
+then the Hopper kernel for linear layers, which so small a model does not use.
 """
 
+import itertools
 import json
 import tempfile
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import torch
 from charonia import LLM, SamplingParams
+from charonia_kernels.gpu._launch import traits
+from charonia_kernels.gpu.linear_choice import has_hopper_kernel
+from charonia_kernels.gpu.linear_config import hopper_config
+
+linear_ops: Any = import_module("charonia_kernels.gpu.linear")
 
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 256, "intermediate_size": 512,
@@ -19,6 +30,24 @@ CONFIG = {
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "eos_token_id": 2, "torch_dtype": "bfloat16", "attention_bias": False, "hidden_act": "silu",
 }  # fmt: skip
+
+
+def run_linear_layers() -> None:
+    """The Hopper kernel at few and at many rows, with all that can be fused, the columns whole and divided."""
+    device = torch.device("cuda")
+    weight = torch.randn(512, 1024, device=device, dtype=torch.bfloat16)
+    norm_weight = torch.ones(1024, device=device, dtype=torch.bfloat16)
+    for rows, split_k, x_major in itertools.product((8, 64), (1, 2), (False, True)):
+        x = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
+        for fuse_norm in (False, True):
+            config = hopper_config(rows, 1024, 64, 128, split_k, fuse_norm=fuse_norm, x_major=x_major)
+            if config is None:
+                continue
+            linear_ops.norm_linear_silu_mul_with(config, x, norm_weight, 1e-6, weight)
+            linear_ops.norm_linear_with(config, x, norm_weight, 1e-6, weight)
+            residual = x.new_zeros(rows, 512)
+            linear_ops.linear_add_with(replace(config, fuse_norm=False), x, weight, residual)
+    torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -40,6 +69,8 @@ def main() -> None:
             for params in (plain, rich):
                 outputs = llm.generate(prompts, params, use_tqdm=False)
                 assert all(len(output.outputs[0].token_ids) == 6 for output in outputs)
+    if has_hopper_kernel(traits(torch.device("cuda"))):
+        run_linear_layers()
     print("done")
 
 

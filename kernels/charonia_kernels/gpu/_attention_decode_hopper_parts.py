@@ -10,22 +10,6 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def gdc_wait(USE_PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    """As `_launch.gdc_wait`."""
-    if USE_PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def gdc_launch_dependents(USE_PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    """As `_launch.gdc_launch_dependents`."""
-    if USE_PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
-        )
-
-
-@gluon.jit
 def load_few(pointer, COUNT: gl.constexpr, STEP: gl.constexpr, DIVISOR: gl.constexpr, begin, end):  # type: ignore[no-untyped-def]
     """Int32 numbers at ``pointer + (begin + i * STEP) // DIVISOR`` for i < COUNT, all in every thread, by loads that
     do not wait for one another; 0 where begin + i * STEP is not below `end`. They come from the L2 cache.

@@ -57,14 +57,19 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + row * WIDTH + columns, result, mask=inside)
 
 
-def _launch(op: str, x: torch.Tensor, gelu: bool, config: ActivationConfig | None) -> torch.Tensor:
+def _launch(
+    op: str, x: torch.Tensor, gelu: bool, out: torch.Tensor | None, config: ActivationConfig | None
+) -> torch.Tensor:
     rows, double = x.shape
     if double % 2 != 0 or x.stride(1) != 1:
         raise ValueError(
             f"{op}: x {list(x.shape)}, strides {x.stride()}, must be [T, 2 * I] without gaps in rows"
         )
     width = double // 2
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    elif out.shape != (rows, width) or out.dtype != x.dtype or not out.is_contiguous():
+        raise ValueError(f"{op}: out {list(out.shape)} {out.dtype} must be contiguous [T, I] in x's dtype")
     if rows == 0 or width == 0:
         return out
     if config is None:
@@ -85,33 +90,39 @@ def _launch(op: str, x: torch.Tensor, gelu: bool, config: ActivationConfig | Non
     return out
 
 
-def silu_mul(x: torch.Tensor, *, config: ActivationConfig | None = None) -> torch.Tensor:
+def silu_mul(
+    x: torch.Tensor, out: torch.Tensor | None = None, *, config: ActivationConfig | None = None
+) -> torch.Tensor:
     """``silu(gate) * up``; see :func:`charonia_kernels.reference.silu_mul`.
 
     Args:
         x: ``[T, 2 * I]``, fp32, bf16 or fp16, gate first; rows may be strided.
+        out: ``[T, I]`` in x's dtype, contiguous; made if None.
         config: launch parameters; by default :func:`activation_config`'s.
 
     Returns:
         ``[T, I]`` in x's dtype, contiguous. A row depends on that row of x alone, to the bit.
 
     Raises:
-        ValueError: x has an odd width, or gaps in the last dimension.
+        ValueError: x has an odd width, or gaps in the last dimension; out does not fit.
     """
-    return _launch("silu_mul", x, False, config)
+    return _launch("silu_mul", x, False, out, config)
 
 
-def gelu_tanh_mul(x: torch.Tensor, *, config: ActivationConfig | None = None) -> torch.Tensor:
+def gelu_tanh_mul(
+    x: torch.Tensor, out: torch.Tensor | None = None, *, config: ActivationConfig | None = None
+) -> torch.Tensor:
     """``gelu(gate) * up``, tanh form; see :func:`charonia_kernels.reference.gelu_tanh_mul`.
 
     Args:
         x: ``[T, 2 * I]``, fp32, bf16 or fp16, gate first; rows may be strided.
+        out: ``[T, I]`` in x's dtype, contiguous; made if None.
         config: launch parameters; by default :func:`activation_config`'s.
 
     Returns:
         ``[T, I]`` in x's dtype, contiguous. A row depends on that row of x alone, to the bit.
 
     Raises:
-        ValueError: x has an odd width, or gaps in the last dimension.
+        ValueError: x has an odd width, or gaps in the last dimension; out does not fit.
     """
-    return _launch("gelu_tanh_mul", x, True, config)
+    return _launch("gelu_tanh_mul", x, True, out, config)

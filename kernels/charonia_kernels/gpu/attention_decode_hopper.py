@@ -33,14 +33,12 @@ from charonia_kernels.gpu._attention_decode_hopper_parts import (
     combine,
     fetch_box,
     fetch_tile,
-    gdc_launch_dependents,
-    gdc_wait,
     load_few,
     pick,
     prefetch_box,
     silence,
 )
-from charonia_kernels.gpu._gluon import barrier
+from charonia_kernels.gpu._gluon import barrier, gdc_launch_dependents, gdc_wait
 from charonia_kernels.gpu._launch import DeviceTraits
 from charonia_kernels.gpu.attention_plan import AttentionPlan
 from charonia_kernels.gpu.attention_prefill_hopper import cache_descriptor

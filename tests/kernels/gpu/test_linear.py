@@ -181,6 +181,17 @@ def test_public_ops_agree_with_the_oracle(m, dtype):
     torch.testing.assert_close(residual, expected, **close)
 
 
+def test_a_large_gated_product_in_parts_is_the_whole(monkeypatch):
+    x, norm_weight, weight = make((10, 64)), make((64,), seed=1), make((96, 64), seed=2)
+    whole = ops.norm_linear_silu_mul_with(CUBLAS, x, norm_weight, EPS, weight)
+    monkeypatch.setattr(ops, "LARGE_WEIGHT_BYTES", 0)
+    monkeypatch.setattr(ops, "ROWS_AT_ONCE", 4)
+    parts = ops.norm_linear_silu_mul_with(CUBLAS, x, norm_weight, EPS, weight)
+    assert parts.shape == (10, 48)
+    torch.testing.assert_close(parts, whole)
+    assert ops.norm_linear_silu_mul_with(CUBLAS, x[:0], norm_weight, EPS, weight).shape == (0, 48)
+
+
 def test_the_oracle_rounds_once():
     x, weight, norm_weight = make((3, 64)), make((10, 64), seed=1), make((64,), seed=3)
     wide = oracle.norm_linear(x.double(), norm_weight.double(), EPS, weight.double())
