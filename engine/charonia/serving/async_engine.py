@@ -69,7 +69,9 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig, home: EngineHome, member: str, owner_pid: int) -> None:
         """Use `attach`, which also waits until the engine is ready."""
         if config.skip_tokenizer_init:
-            raise ConfigError("'skip_tokenizer_init' is for the offline LLM: a served model needs its tokenizer")
+            raise ConfigError(
+                "'skip_tokenizer_init' is for the offline LLM: a served model needs its tokenizer"
+            )
         model = ModelConfig.from_dir(config.model)
         self._inputs = InputProcessor(config, model, Tokenizer.from_dir(config.tokenizer_dir), salt=member)
         self._config = config

@@ -1,8 +1,10 @@
-"""Whole steps as CUDA graphs: from the row gather to the sampled token in one launch.
+"""Steps as CUDA graphs, all captured before the first request.
 
-A graph is captured per `GraphKey`: padded numbers of entries and tokens, and how tokens are drawn. Padding entries have
-no tokens, padding tokens write to the null block. All graphs share one memory pool, and are captured largest first, so
-that the smaller ones fit into what the largest took: only one runs at a time.
+A step of single tokens is one graph, from the row gather to the drawn token. Any other step, and one whose drawing the
+host has a part in, is a graph up to the hidden states; then tokens are drawn kernel by kernel, which takes the host
+less time than the device needs for the rest. Padding entries have no tokens, padding tokens write to the null block.
+All graphs share one memory pool, and are captured largest first, so that the smaller ones fit into what the largest
+took: only one runs at a time.
 """
 
 import bisect
@@ -19,19 +21,25 @@ MAX_PADDING = 0.15
 FREE_PADDING = 1024
 """Steps of more tokens that would be padded by a larger share are launched kernel by kernel instead."""
 _MIXED_ENTRIES = (128, 512, 1024)
+_SHARING_SIZES = (8, 32, 64, 128, 256, 512)
+DRAWN_IN_GRAPHS = (SamplingMode.PLAIN, SamplingMode.FILTERED)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """num_entries, num_tokens: padded. decodes_only: every entry is a single token. shares_prefix: the entries' common
-    prefix is read once for all of them.
+    """num_entries, num_tokens: padded. mode: how the graph draws, if it is a whole step of single tokens; None: it ends
+    with the hidden states. shares_prefix: the entries' common prefix is read once for all of them.
     """
 
     num_entries: int
     num_tokens: int
-    decodes_only: bool
-    mode: SamplingMode
+    mode: SamplingMode | None = None
     shares_prefix: bool = False
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether every entry is a single token that samples."""
+        return self.mode is not None
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -47,10 +55,16 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 def mixed_sizes(max_num_tokens: int) -> list[int]:
     """Padded token counts of steps with chunks, and the token budget: full steps are not padded.
 
-    Matrix products take 128 rows at a time in any case, and below 512 rows their time is the weights'.
+    Matrix products take 128 rows at a time in any case, and below 512 rows their time is the weights'. All sizes below
+    512 are decode sizes too: entries, of which there are no more than tokens, are drawn in sizes that graphs have.
     """
-    sizes = [*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4097, 256)]
+    sizes = [*range(64, 385, 64), *range(512, 2048, 128), *range(2048, 4097, 256)]
     return [size for size in sizes if size < max_num_tokens] + [max_num_tokens]
+
+
+def sharing_sizes(max_num_seqs: int) -> list[int]:
+    """As `decode_sizes`, for steps that share a prefix."""
+    return [size for size in _SHARING_SIZES if size < max_num_seqs] + [max_num_seqs]
 
 
 def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) -> list[GraphKey]:
@@ -58,15 +72,15 @@ def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) ->
 
     Those with the kernels that take longest to compile come first.
     """
-    keys = []
+    classes = [min(size, max_num_seqs) for size in (max_num_seqs, 128, 96, 64)]
+    keys = [GraphKey(size, size, SamplingMode.FILTERED) for size in classes]
     for tokens in (max_num_tokens, 128, 96, 64):
         size = min(tokens, max_num_tokens)
-        keys.append(GraphKey(min(max_num_seqs, size), size, False, SamplingMode.FILTERED))
+        keys.append(GraphKey(min(max_num_seqs, size), size))
     if shares_prefix:
-        sizes = {min(size, max_num_seqs) for size in (8, 32, 256, max_num_seqs)}
-        keys += [GraphKey(size, size, True, SamplingMode.PLAIN, True) for size in sizes]
+        keys += [GraphKey(size, size, SamplingMode.PLAIN, True) for size in sharing_sizes(max_num_seqs)]
     keys += [
-        GraphKey(size, size, True, SamplingMode.PLAIN)
+        GraphKey(size, size, SamplingMode.PLAIN)
         for size in decode_sizes(max_num_seqs)
         if size <= 128 or size == max_num_seqs
     ]
@@ -76,32 +90,34 @@ def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) ->
 class GraphSizes:
     """Chooses the key of each step, from a bounded set of keys. Pure arithmetic: capture is `StepGraphs`' part."""
 
-    def __init__(self, *, max_num_seqs: int, max_num_tokens: int) -> None:
+    def __init__(self, *, max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) -> None:
         self._decode_sizes = decode_sizes(max_num_seqs)
+        self._sharing_sizes = sharing_sizes(max_num_seqs) if shares_prefix else []
         self._mixed_sizes = mixed_sizes(max_num_tokens)
         self._mixed_entries = [size for size in _MIXED_ENTRIES if size < max_num_seqs] + [max_num_seqs]
 
     def key_for(self, layout: StepLayout, mode: SamplingMode, shares_prefix: bool) -> GraphKey | None:
         """The graph that can run a step; None if it would compute too much padding."""
         entries, tokens = layout.num_entries, layout.num_tokens
-        if layout.decodes_only:
-            size = _at_least(self._decode_sizes, entries)
-            return GraphKey(size, size, True, mode, shares_prefix)
+        if layout.decodes_only and mode in DRAWN_IN_GRAPHS:
+            size = _at_least(self._sharing_sizes if shares_prefix else self._decode_sizes, entries)
+            return GraphKey(size, size, mode, shares_prefix)
         size = _at_least(self._mixed_sizes, tokens)
         if size > tokens * (1 + MAX_PADDING) and tokens > FREE_PADDING:
             return None
-        entries = min(_at_least(self._mixed_entries, entries), size)
-        return GraphKey(entries, size, False, mode, shares_prefix)
+        return GraphKey(min(_at_least(self._mixed_entries, entries), size), size)
 
-    def keys(self, mode: SamplingMode) -> list[GraphKey]:
-        """Every key of a mode that shares no prefix, largest first."""
-        mixed = {
-            GraphKey(min(entries, tokens), tokens, False, mode)
+    def keys(self) -> list[GraphKey]:
+        """Every key, largest first."""
+        found = {
+            GraphKey(min(entries, tokens), tokens)
             for tokens in self._mixed_sizes
             for entries in self._mixed_entries
         }
-        decodes = {GraphKey(size, size, True, mode) for size in self._decode_sizes}
-        return sorted(mixed | decodes, key=lambda key: (-key.num_tokens, -key.num_entries))
+        for mode in DRAWN_IN_GRAPHS:
+            found |= {GraphKey(size, size, mode) for size in self._decode_sizes}
+            found |= {GraphKey(size, size, mode, True) for size in self._sharing_sizes}
+        return sorted(found, key=_largest_first)
 
 
 class StepGraphs:
@@ -121,17 +137,13 @@ class StepGraphs:
         return len(self._graphs)
 
     def capture(self, keys: Sequence[GraphKey]) -> None:
-        """Capture the keys that are not there yet, in the order given."""
+        """Capture the keys, in the order given."""
         for key in keys:
-            if key not in self._graphs:
-                self._graphs[key] = self._captured(key)
+            self._graphs[key] = self._captured(key)
 
     def replay(self, key: GraphKey) -> None:
-        """Launch a step; captured first if need be."""
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = self._captured(key)
-        graph.replay()
+        """Launch a step of a captured key."""
+        self._graphs[key].replay()
 
     def clear(self) -> None:
         """Forget all graphs and give their memory back."""
@@ -150,6 +162,10 @@ class StepGraphs:
             finally:
                 graph.capture_end()
         return graph
+
+
+def _largest_first(key: GraphKey) -> tuple[int, ...]:
+    return -key.num_tokens, -key.num_entries, -1 if key.mode is None else key.mode, key.shares_prefix
 
 
 def _at_least(sizes: Sequence[int], value: int) -> int:

@@ -31,8 +31,7 @@ MIN_SHARING_ENTRIES = 4
 def pays_to_share(layout: StepLayout) -> bool:
     """Whether the entries' common prefix is long enough, and shared by enough of them, to be read once for all.
 
-    Beside chunks it is not: their step takes so long that a graph of its own, captured when it is met first, is no
-    gain.
+    Beside chunks it is not: their steps take so long that the gain would not pay for graphs of their own.
     """
     enough = layout.common_prefix >= MIN_SHARED_KEYS and layout.num_entries >= MIN_SHARING_ENTRIES
     return layout.decodes_only and enough
@@ -84,7 +83,10 @@ class ModelRunner:
                 max_num_seqs, model_config.hidden_size, dtype=setup.dtype, device=device
             )
             if not config.enforce_eager:
-                sizes = GraphSizes(max_num_seqs=max_num_seqs, max_num_tokens=setup.max_num_batched_tokens)
+                sizes = GraphSizes(
+                    max_num_seqs=max_num_seqs, max_num_tokens=setup.max_num_batched_tokens,
+                    shares_prefix=config.enable_prefix_caching,
+                )  # fmt: skip
                 self._graphs = StepGraphs(self._run_shape, sizes, device)
         # Until the real one is allocated: the null block alone.
         self._cache = self._allocate_cache(1)
@@ -105,9 +107,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Capture the steps of the common modes."""
+        """Capture every graph that a step may need."""
         if self._graphs is not None:
-            self._graphs.capture(self._graphs.sizes.keys(SamplingMode.PLAIN))
+            self._graphs.capture(self._graphs.sizes.keys())
 
     # ---- steps ----
 
@@ -133,9 +135,12 @@ class ModelRunner:
             )
         graphs.replay(key)
         draw = None
-        if mode is SamplingMode.FULL:
-            batch = self._buffers.batch(layout.num_entries, layout.num_tokens)
-            draw = self._draw(self._last_hidden[: layout.num_entries], batch, mode, layout)
+        if key.mode is None:
+            # FULL looks at the layout's own entries; the others run in the few sizes that have been compiled.
+            padded = mode is not SamplingMode.FULL
+            entries = key.num_entries if padded else layout.num_entries
+            batch = self._buffers.batch(entries, key.num_tokens if padded else layout.num_tokens)
+            draw = self._draw(self._last_hidden[:entries], batch, mode, layout)
         return DeviceStep(
             plan.step_id, layout, self._send(draw, layout), None if draw is None else draw.logprobs, None
         )
@@ -176,12 +181,11 @@ class ModelRunner:
             shares_prefix=key.shares_prefix,
             model=model or self._model,
         )
-        # In a batch of single tokens each entry's last token is its only one.
-        last = hidden if key.decodes_only else gather_last_rows(hidden, batch.query_start_loc)
-        if key.mode is SamplingMode.FULL:
-            self._last_hidden[: key.num_entries].copy_(last)
+        if key.mode is None:
+            self._last_hidden[: key.num_entries].copy_(gather_last_rows(hidden, batch.query_start_loc))
         else:
-            self._draw(last, batch, key.mode, None)
+            # Each entry's last token is its only one.
+            self._draw(hidden, batch, key.mode, None)
 
     def _forward(
         self,
@@ -270,7 +274,7 @@ class ModelRunner:
         graphs_take = 0
         if self._graphs is not None:
             free_before, _ = torch.cuda.mem_get_info(device)
-            keys = self._graphs.sizes.keys(SamplingMode.PLAIN)
+            keys = self._graphs.sizes.keys()
             self._graphs.capture([keys[0], next(key for key in keys if key.decodes_only)])
             graphs_take = free_before - torch.cuda.mem_get_info(device)[0]
             self._graphs.clear()

@@ -71,8 +71,9 @@ def _fork(work: Sequence[Call], numbers: int, finish: Callable[[Any], object]) -
         return pid
     failed = 0
     while number := os.read(numbers, _NUMBER_BYTES):
+        call = work[int.from_bytes(number, "little")]
         try:
-            finish(work[int.from_bytes(number, "little")]())
+            finish(call())
         except BaseException:
             failed = 1  # the parent meets the error itself
     os._exit(failed)
