@@ -30,13 +30,13 @@ from engine import engine_settings, generate, items_of
 
 IDLE_US = 5.0
 KINDS = {
-    "matrix products": r"gemm|nvjet|cutlass|hopper_kernel|skinny_kernel|vector_kernel|wide_kernel|splitK|sm90_",
     "decode attention": r"decode|cascade",
     "prefill attention": r"prefill",
+    "matrix products": r"gemm|nvjet|cutlass|hopper_kernel|skinny_kernel|vector_kernel|splitK|sm90_",
     "norm": r"norm_kernel|rms",
     "rope": r"rope",
-    "SiLU": r"silu|gelu",
-    "sampling": r"sampl|gumbel|argmax|filter|append|penalt",
+    "SiLU, GELU": r"gated",
+    "sampling": r"sampl|filter|append|penalt|rule|logprob",
     "rows, plan": r"prepare|plan|scatter|gather|embed|Memcpy|Memset",
 }
 """Kind -> what the names of its kernels match; the first that fits."""
