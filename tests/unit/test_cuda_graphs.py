@@ -101,6 +101,9 @@ def test_steps_that_the_host_has_a_part_in_end_with_hidden_states() -> None:
         for shares in (False, True):
             key = sizes.key_for(layout, SamplingMode.FULL, shares)
             assert key in known and key.mode is None
+    assert sizes.key_for(decodes(1), SamplingMode.FULL, False) == GraphKey(1, 1), (
+        "not padded to a chunk's size"
+    )
     keys = {sizes.key_for(mixed(5, 70), mode, False) for mode in SamplingMode}
     assert len(keys) == 1, "whatever is drawn"
 

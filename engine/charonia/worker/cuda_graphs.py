@@ -53,12 +53,13 @@ def decode_sizes(max_num_seqs: int) -> list[int]:
 
 
 def mixed_sizes(max_num_tokens: int) -> list[int]:
-    """Padded token counts of steps with chunks, and the token budget: full steps are not padded.
+    """Padded token counts of steps that are not graphs as a whole, and the token budget: full steps are not padded.
 
+    The smallest are for a few rows whose tokens the host has a part in drawing, step after step.
     Matrix products take 128 rows at a time in any case, and below 512 rows their time is the weights'. All sizes below
     512 are decode sizes too: entries, of which there are no more than tokens, are drawn in sizes that graphs have.
     """
-    sizes = [*range(64, 385, 64), *range(512, 2048, 128), *range(2048, 4097, 256)]
+    sizes = [1, 2, 4, 8, 16, 32, *range(64, 385, 64), *range(512, 2048, 128), *range(2048, 4097, 256)]
     return [size for size in sizes if size < max_num_tokens] + [max_num_tokens]
 
 
