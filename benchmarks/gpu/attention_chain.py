@@ -65,29 +65,25 @@ LONG_ITEMS = SplitConfig(3, 128, 64, 128)
 CONFIGS = (
     HopperDecodeConfig(64, 2, 2),
     HopperDecodeConfig(128, 1, 1),
-    HopperDecodeConfig(64, 2, 2, prefetch=8),
     HopperDecodeConfig(64, 1, 1),
     HopperDecodeConfig(64, 2, 2, early=False),
     HopperDecodeConfig(64, 2, 1),
     HopperDecodeConfig(64, 4, 4),
     HopperDecodeConfig(128, 2, 2),
-    HopperDecodeConfig(64, 1, 1, prefetch=8),
     HopperDecodeConfig(128, 1, 1, num_warps=8),
     HopperDecodeConfig(256, 1, 1, num_warps=8),
     HopperDecodeConfig(64, 3, 3),
-    HopperDecodeConfig(128, 1, 1, prefetch=4),
 )
 
 
 def label(config: Config | None, split: SplitConfig | None = None) -> str:
-    """A short name, such as hopper 64 2+2 w4 p8."""
+    """A short name, such as hopper 64 2+2 w4."""
     if config is None:
         return "no attention"
     if isinstance(config, DecodeConfig):
         text = "portable"
     else:
         text = f"hopper {config.tile} {config.key_stages}+{config.value_stages} w{config.num_warps}"
-        text += f" p{config.prefetch}" if config.prefetch else ""
         text += "" if config.early else " late"
     return text + (f" [{split.target_items} items of {split.min_chunk}+]" if split else "")
 

@@ -4,9 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from charonia_kernels.gpu._gluon import barrier
-
-LOG2_E = gl.constexpr(1.4426950408889634)
+from charonia_kernels.gpu._gluon import LOG2_E, barrier
 
 
 @gluon.jit
@@ -76,29 +74,6 @@ def fetch_tile(  # type: ignore[no-untyped-def]
         first = begin + tile * TILE + piece * BOX
         block = pick(blocks, piece)
         fetch_box(desc, ring, full, tile, True, first, limit, block, head, piece, NUM_KV_HEADS, BLOCK_SIZE)
-
-
-@gluon.jit
-def prefetch_box(  # type: ignore[no-untyped-def]
-    cache, block, first, head,
-    NUM_KV_HEADS: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr, BOX: gl.constexpr,
-):  # fmt: skip
-    """Bring a box of the cache into the L2 cache, a line of 128 bytes a thread."""
-    LINES: gl.constexpr = BOX * HEAD_DIM // 64
-    LANES: gl.constexpr = 32 * gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    row = ((block * NUM_KV_HEADS + head) * BLOCK_SIZE + first % BLOCK_SIZE).to(gl.int64)
-    for start in gl.static_range(0, LINES, LANES):
-        line = start + gl.arange(0, LANES, layout=layout)
-        line = gl.where(line < LINES, line, 0)
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(cache + row * HEAD_DIM + line * 64).to(gl.int64)],
-            gl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @gluon.jit

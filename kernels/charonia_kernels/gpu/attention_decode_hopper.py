@@ -28,20 +28,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from charonia_kernels.gpu._attention_decode_hopper_parts import (
-    LOG2_E,
     cap,
     combine,
     fetch_box,
     fetch_tile,
     load_few,
     pick,
-    prefetch_box,
     silence,
 )
-from charonia_kernels.gpu._gluon import barrier, gdc_launch_dependents, gdc_wait
+from charonia_kernels.gpu._gluon import LOG2_E, barrier, cache_descriptor, gdc_launch_dependents, gdc_wait
 from charonia_kernels.gpu._launch import DeviceTraits
 from charonia_kernels.gpu.attention_plan import AttentionPlan
-from charonia_kernels.gpu.attention_prefill_hopper import cache_descriptor
 
 SMALL_BATCH = 8
 MAX_BATCH = 128
@@ -52,17 +49,14 @@ MIN_BLOCK_SIZE = 64
 @dataclass(frozen=True, slots=True)
 class HopperDecodeConfig:
     """tile: keys of an iteration, a multiple of 64. key_stages, value_stages: tiles in flight. num_warps: 4, or 8 with
-    a tile and a head of 128 at least. prefetch: tiles beyond those in flight that are brought to the L2 cache early.
-    early: before the kernel in front has ended; without it everything comes after. max_registers: of a thread, or None.
+    a tile and a head of 128 at least. early: before the kernel in front has ended; without it everything comes after.
     """
 
     tile: int = 64
     key_stages: int = 2
     value_stages: int = 2
     num_warps: int = 4
-    prefetch: int = 0
     early: bool = True
-    max_registers: int | None = None
 
     def shared_bytes(self, head_dim: int) -> int:
         """Of the rings."""
@@ -133,7 +127,6 @@ def decode_hopper_kernel(  # type: ignore[no-untyped-def]
     TILE: gl.constexpr,
     KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
-    PREFETCH: gl.constexpr,
     G_PAD: gl.constexpr,
     WIDTH: gl.constexpr,
     EARLY: gl.constexpr,
@@ -201,13 +194,6 @@ def decode_hopper_kernel(  # type: ignore[no-untyped-def]
                     value_desc, values, value_full, tile, tile < tiles, key, limit, block, head,
                     piece, NUM_KV_HEADS, BLOCK_SIZE,
                 )  # fmt: skip
-    if EARLY and PREFETCH > 0:
-        SENT: gl.constexpr = KEY_STAGES if KEY_STAGES < VALUE_STAGES else VALUE_STAGES
-        for index in range(SENT * BOXES, gl.minimum((SENT + PREFETCH) * BOXES, gl.cdiv(limit - begin, BOX))):
-            key = begin + index * BOX
-            block = gl.load(table + key // BLOCK_SIZE, cache_modifier=".cg")
-            prefetch_box(key_cache, block, key, head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BOX)
-            prefetch_box(value_cache, block, key, head, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BOX)
     is_partial = begin + tiles * TILE > limit
     if is_partial and last < VALUE_STAGES:
         mbarrier.wait(value_full.index(last), 0)
@@ -322,7 +308,6 @@ def kernel_constants(group: int, head_dim: int, config: HopperDecodeConfig) -> d
         "TILE": config.tile,
         "KEY_STAGES": config.key_stages,
         "VALUE_STAGES": config.value_stages,
-        "PREFETCH": config.prefetch,
         "G_PAD": padded,
         "WIDTH": max(1, min(8, 32 // sums)),
         "EARLY": config.early,
@@ -366,6 +351,5 @@ def launch(
         USE_PDL=device.has_pdl,
         **kernel_constants(plan.num_heads // num_kv_heads, head_dim, config),
         num_warps=config.num_warps,
-        maxnreg=config.max_registers,
         launch_pdl=device.has_pdl,
     )

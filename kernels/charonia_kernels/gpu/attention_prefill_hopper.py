@@ -9,11 +9,9 @@ tile before it weighs the values of the tile before, so that the tensor cores wo
 With PING_PONG the warpgroups take turns at issuing, so that one's softmax runs beside the other's products.
 """
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,16 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from charonia_kernels.gpu._gluon import barrier, gdc_launch_dependents, gdc_wait
+from charonia_kernels.gpu._gluon import LOG2_E, barrier, cache_descriptor, gdc_launch_dependents, gdc_wait
 from charonia_kernels.gpu._launch import DeviceTraits
 
 if TYPE_CHECKING:
     from charonia_kernels.gpu.attention_prefill import PrefillConfig
 
 GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 def supported(
@@ -388,27 +384,6 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         [4, 1],
         [240, 32],
     )  # fmt: skip
-
-
-class _Address:
-    """Stands in for a tensor in a descriptor that must not keep the tensor alive."""
-
-    def __init__(self, address: int, dtype: torch.dtype) -> None:
-        self.address = address
-        self.dtype = dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-@lru_cache(maxsize=4096)
-def cache_descriptor(
-    address: int, rows: int, head_dim: int, box: int, dtype: torch.dtype
-) -> TensorDescriptor:
-    """Of a cache as a matrix of `rows` rows, copied in boxes of `box` rows, padded with zeros to a power of two."""
-    width = triton.next_power_of_2(head_dim)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(_Address(address, dtype), [rows, head_dim], [head_dim, 1], [box, width], layout)
 
 
 def launch(

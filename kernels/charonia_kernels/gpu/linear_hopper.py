@@ -10,15 +10,12 @@ kernel start beside it. With a fused norm the scaling warps turn the residual r 
 squares.
 """
 
-from functools import lru_cache
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from charonia_kernels.gpu._gluon import gdc_launch_dependents
+from charonia_kernels.gpu._gluon import gdc_launch_dependents, matrix_descriptor
 from charonia_kernels.gpu.linear_config import HOPPER_SM_BYTES, LinearConfig, tile_rows
 from charonia_kernels.gpu.linear_hopper_warps import compute, copy, scale
 
@@ -157,27 +154,6 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-class _Address:
-    """Stands in for a tensor in a descriptor that must not keep the tensor alive."""
-
-    def __init__(self, address: int, dtype: torch.dtype) -> None:
-        self.address = address
-        self.dtype = dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-@lru_cache(maxsize=4096)
-def _descriptor(
-    address: int, rows: int, columns: int, stride: int, box_rows: int, box_columns: int, dtype: torch.dtype
-) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(
-        _Address(address, dtype), [rows, columns], [stride, 1], [box_rows, box_columns], layout
-    )
-
-
 def supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether x ``[M, K]`` and a contiguous weight ``[N, K]`` lie so that they can be copied in bulk."""
     return (
@@ -227,8 +203,8 @@ def launch(
     block_n, block_k, split_k = config.block_n, config.block_k, config.split_k
     norm = norm_weight is not None
     hopper_kernel[(-(-n // block_n) * split_k,)](
-        _descriptor(x.data_ptr(), m, k, x.stride(0), tile_rows(config, m), block_k, x.dtype),
-        _descriptor(weight.data_ptr(), n, k, k, block_n // 2 if gated else block_n, block_k, x.dtype),
+        matrix_descriptor(x.data_ptr(), m, k, x.stride(0), tile_rows(config, m), block_k, x.dtype),
+        matrix_descriptor(weight.data_ptr(), n, k, k, block_n // 2 if gated else block_n, block_k, x.dtype),
         norm_weight, bias, residual, out, partials, arrivals, m, n, out.stride(0), eps,
         k, block_n, config.num_stages, config.x_stages, split_k, config.x_major,
         norm, gated, bias is not None, residual is not None, use_pdl, COPY_REGISTERS, SCALE_REGISTERS,

@@ -29,9 +29,6 @@ def _case(
     constexprs: dict[str, Any] = {
         "NUM_KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size, "SOFT_CAP": soft_cap, "USE_PDL": True,
     }  # fmt: skip
-    options: dict[str, Any] = {"launch_pdl": True}
-    if config.max_registers:
-        options["maxnreg"] = config.max_registers
     return AotCase(
         name,
         decode_hopper_kernel,
@@ -40,7 +37,7 @@ def _case(
         num_warps=config.num_warps,
         aligned=("q_stride",),
         archs=(90,),
-        options=options,
+        options={"launch_pdl": True},
     )
 
 
@@ -49,7 +46,6 @@ def cases() -> Iterator[AotCase]:
     for name, group, heads, dim, block_size, dtype, soft_cap, config in (
         ("llama8b", 4, 8, 128, 64, "bf16", 0.0, None),
         ("llama8b_small_batch", 4, 8, 128, 64, "bf16", 0.0, hopper_decode_config(1, 4, 128)),
-        ("llama8b_prefetch", 4, 8, 128, 64, "bf16", 0.0, HopperDecodeConfig(64, 2, 2, prefetch=4)),
         ("llama8b_8_warps", 4, 8, 128, 64, "bf16", 0.0, HopperDecodeConfig(256, 1, 1, num_warps=8)),
         ("llama8b_late", 4, 8, 128, 64, "bf16", 0.0, HopperDecodeConfig(64, 2, 2, early=False)),
         ("qwen06b", 2, 8, 128, 64, "bf16", 0.0, None),
