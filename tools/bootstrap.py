@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "setup-stamp.json"
 LOG = VENV / "setup.log"
-EXTRAS = "client,gateway,tracing,engine,server,convert,dev"
+EXTRAS = "client,gateway,bench,tracing,engine,server,convert,dev"
 BYTES_NEEDED = 3_000_000_000
 GLIBC_NEEDED = (2, 35)
 """The server's wheel is built for manylinux_2_35."""

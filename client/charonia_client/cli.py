@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from charonia_client.cli_gateway import run_gateway_command
 from charonia_client.cli_options import build_parser, sampling_options
 from charonia_client.client import CharoniaClient, ResponseStream
 from charonia_client.errors import CharoniaClientError
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.command == "gateway":
+        return run_gateway_command(args)
     try:
         client = CharoniaClient(args.url, protocol=args.protocol, retries=args.retries)
     except ValueError as error:

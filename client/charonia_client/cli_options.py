@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from charonia_client.cli_gateway import add_gateway_command
+
 DEFAULT_MAX_TOKENS = 256
 
 _SAMPLING_FLAGS: tuple[tuple[str, type, str], ...] = (
@@ -24,7 +26,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="charonia-client", description="Talk to a Charonia model in a Triton server, over gRPC or HTTP."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate|stream|chat|health")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="generate|stream|chat|health|gateway"
+    )
     for name, text in (
         ("generate", "continue a prompt and print the whole answer"),
         ("stream", "continue a prompt and print the answer as it comes"),
@@ -45,6 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Exit status 0 if the model is ready.",
     )
     _add_connection(health)
+    gateway = commands.add_parser(
+        "gateway",
+        help="serve the OpenAI API in front of a Triton server",
+        description="An OpenAI-compatible HTTP server in front of a Charonia model in Triton. Ctrl-C stops it.",
+    )
+    add_gateway_command(gateway)
     return parser
 
 

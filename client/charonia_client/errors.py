@@ -7,10 +7,12 @@ from typing import Final
 class CharoniaClientError(Exception):
     """Base of every error that this package raises on purpose.
 
-    url: the server the request went to. model: the model asked for; None when the error is about the server.
+    message: what went wrong, without the subject. url: the server the request went to. model: the model asked
+    for; None when the error is about the server.
     """
 
     def __init__(self, message: str, *, url: str, model: str | None = None) -> None:
+        self.message: Final = message
         self.url: Final = url
         self.model: Final = model
         super().__init__(f"{message} ({_subject(url, model)})")
@@ -18,6 +20,10 @@ class CharoniaClientError(Exception):
 
 class ServerUnavailableError(CharoniaClientError):
     """No server answers, the connection broke, or the server has no room; trying again later may succeed."""
+
+
+class QueueFullError(ServerUnavailableError):
+    """The server works, and has as many requests waiting as it takes."""
 
 
 class ModelNotReadyError(CharoniaClientError):
@@ -95,7 +101,7 @@ _BY_MESSAGE: Final[tuple[tuple[re.Pattern[str], type[CharoniaClientError]], ...]
         (r"no available versions|not (?:at )?ready|is not healthy", ModelNotReadyError),
         (r"is being unloaded|is shutting down|engine was lost", ModelNotReadyError),
         (r"unknown model|model .* is not found", NotFoundError),
-        (r"maximum queue size|queue is full|requests are waiting", ServerUnavailableError),
+        (r"maximum queue size|queue is full|requests are waiting", QueueFullError),
         (r"^internal error", InternalServerError),
         (r"deadline (?:passed|exceeded)", RequestTimeoutError),
         (r"the request was cancelled", RequestCancelledError),
@@ -116,14 +122,33 @@ _BY_MESSAGE: Final[tuple[tuple[re.Pattern[str], type[CharoniaClientError]], ...]
 )
 
 
+_CODED: Final = re.compile(r"\[([A-Z_]+)\] ")
+_BY_CODE: Final[dict[str, type[CharoniaClientError]]] = {
+    "INVALID_ARG": InvalidRequestError,
+    "NOT_FOUND": NotFoundError,
+    "UNSUPPORTED": UnsupportedError,
+    "INTERNAL": InternalServerError,
+    "UNAVAILABLE": ServerUnavailableError,
+    "CANCELLED": RequestCancelledError,
+}
+_TOLD_APART_BY_TEXT: Final = (ServerUnavailableError, RequestCancelledError)
+
+
 def from_message(
     message: str, *, url: str, model: str, default: type[CharoniaClientError] = RequestFailedError
 ) -> CharoniaClientError:
     """Type an error by its text.
 
     Triton sends the status code of a model's error neither on a gRPC stream nor over HTTP, where every one of
-    them is a 400, so that the server's own phrases are all there is to go by; `default` is for the rest.
+    them is a 400. Charonia's model puts it in front of the text where the request asks for that; otherwise the
+    server's own phrases are all there is to go by. `default` is for the rest.
     """
+    coded = _CODED.match(message)
+    if coded is not None and coded[1] in _BY_CODE:
+        default = _BY_CODE[coded[1]]
+        message = message[coded.end() :]
+        if default not in _TOLD_APART_BY_TEXT:
+            return default(message, url=url, model=model)
     kind = next((kind for pattern, kind in _BY_MESSAGE if pattern.search(message)), default)
     return kind(message, url=url, model=model)
 

@@ -26,6 +26,8 @@ def encode(request: GenerateRequest) -> Any:
     message.parameters[_WANT_EMPTY_FINAL].bool_param = True
     if request.timeout_us is not None:
         message.parameters["timeout"].int64_param = request.timeout_us
+    for name, text in request.parameters.items():
+        message.parameters[name].string_param = text
     for name, value in request.inputs.items():
         datatype, shape, data = _tensor(value)
         message.inputs.add(name=name, datatype=datatype, shape=[shape])

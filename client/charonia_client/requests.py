@@ -4,7 +4,7 @@ import json
 import operator
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, SupportsIndex, TypedDict
 
 from charonia_client.errors import InvalidRequestError
@@ -94,6 +94,7 @@ class GenerateRequest:
     """A request ready for any transport. stream: whether the model answers once or token by token.
 
     timeout: in seconds; the server is told it too, and ends by itself what no cancellation may reach.
+    parameters: Triton request parameters, over gRPC alone.
     """
 
     model: str
@@ -102,6 +103,7 @@ class GenerateRequest:
     inputs: Mapping[str, InputValue]
     stream: bool
     timeout: float | None
+    parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def timeout_us(self) -> int | None:
