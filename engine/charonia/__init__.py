@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from charonia.config import EngineConfig
     from charonia.entrypoints.llm import LLM
     from charonia.errors import CharoniaError
-    from charonia.outputs import CompletionOutput, RequestOutput
+    from charonia.outputs import CompletionOutput, EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+    from charonia.pooling_params import PoolingParams
     from charonia.sampling_params import SamplingParams
     from charonia.serving.async_engine import AsyncEngine
-    from charonia.serving.request import ChatInput, GenerationRequest
+    from charonia.serving.request import ChatInput, EmbeddingRequest, GenerationRequest
+    from charonia.structured_params import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -23,10 +25,15 @@ __all__ = [
     "CharoniaError",
     "ChatInput",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequest",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "GenerationRequest",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 _HOMES = {
@@ -35,10 +42,15 @@ _HOMES = {
     "CharoniaError": "charonia.errors",
     "ChatInput": "charonia.serving.request",
     "CompletionOutput": "charonia.outputs",
+    "EmbeddingOutput": "charonia.outputs",
+    "EmbeddingRequest": "charonia.serving.request",
+    "EmbeddingRequestOutput": "charonia.outputs",
     "EngineConfig": "charonia.config",
     "GenerationRequest": "charonia.serving.request",
+    "PoolingParams": "charonia.pooling_params",
     "RequestOutput": "charonia.outputs",
     "SamplingParams": "charonia.sampling_params",
+    "StructuredOutputsParams": "charonia.structured_params",
 }
 
 

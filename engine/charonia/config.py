@@ -29,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     skip_tokenizer_init: bool = False
     """Load no tokenizer: prompts must be token ids, and outputs have no text. For `LLM` only."""
     served_model_name: str | None = None
+    """Name of the model in the OpenAI API of `charonia serve`, instead of its name in Triton."""
     dtype: Dtype = "auto"
     """Of weights and activations; `auto` is the checkpoint's (float16 becomes bfloat16 on a CPU)."""
     device: Device = "auto"
@@ -70,14 +71,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Seeds dummy weights, and sampling of requests that bring no seed of their own."""
     cpu_threads: int | None = None
     """Threads of the device work on a CPU; all cores by default."""
+    stream_interval: int = 1
+    """Tokens that a streamed response waits for; the first token and the end never wait. More than 1 saves time
+    in frontends and clients at the price of a choppier stream."""
     step_timeout_s: float = 300.0
     """A step that takes longer is taken for hung: stacks are dumped and the engine process ends."""
     default_deadline_s: float | None = None
     """Deadline of requests that bring none, counted from arrival."""
     disable_log_stats: bool = False
+    """Export no `vllm:` metrics, even where the model's parameter REPORT_CUSTOM_METRICS asks for them."""
+    otlp_traces_endpoint: str | None = None
+    """Where frontends send a span of each request, by OTLP over HTTP (`http://host:4318`); traced are requests
+    that come with a sampled trace context, and those without any."""
 
     def __post_init__(self) -> None:
-        positive = ("max_num_seqs", "max_long_partial_prefills", "max_waiting_requests")
+        positive = ("max_num_seqs", "max_long_partial_prefills", "max_waiting_requests",
+                    "stream_interval")  # fmt: skip
         optional = ("max_model_len", "max_num_batched_tokens", "long_prefill_token_threshold", "block_size",
                     "num_kv_blocks_override", "cpu_threads")  # fmt: skip
         for name in positive + optional:
@@ -146,3 +155,5 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     lookahead: int = 1
     """Steps that may be in flight beside the one being scheduled: 1 with async scheduling, else 0."""
+    whole_prompts: bool = False
+    """Prompts are never cut into chunks (encoders, whose tokens see the whole prompt). None may exceed the budget."""

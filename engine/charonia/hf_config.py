@@ -32,6 +32,10 @@ class HfConfig(msgspec.Struct, frozen=True, kw_only=True):
     hidden_act: str | None = None
     hidden_activation: str | None = None
     rms_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-12
+    type_vocab_size: int = 2
+    position_embedding_type: str | None = None
+    is_decoder: bool = False
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -112,6 +116,7 @@ _SIZES = (
     "max_position_embeddings",
     "num_key_value_heads",
     "head_dim",
+    "type_vocab_size",
     "sliding_window",
     "sliding_window_pattern",
 )

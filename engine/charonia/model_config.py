@@ -8,7 +8,9 @@ import msgspec
 
 from charonia.errors import ModelLoadError
 from charonia.hf_config import CheckpointDtype, HfConfig, HfGenerationConfig, LayerType, read_json_object
+from charonia.pooling_params import PoolingConfig, PoolingType
 from charonia.rope_config import RopeConfig, parse_rope
+from charonia.sentence_transformers import read_sentence_encoder
 
 
 class LayerConfig(msgspec.Struct, frozen=True):
@@ -19,8 +21,16 @@ class LayerConfig(msgspec.Struct, frozen=True):
     """A token sees itself and the `sliding_window - 1` tokens before it; all of them if None."""
 
 
+class EncoderConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What only encoders have. num_positions: learned ones; `max_position` may be fewer."""
+
+    layer_norm_eps: float
+    type_vocab_size: int
+    num_positions: int
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One decoder-only model. Every field is resolved: defaults of the architecture are filled in."""
+    """One decoder-only model, or one encoder. Every field is resolved: defaults of the architecture are filled in."""
 
     architecture: str
     hidden_size: int
@@ -47,6 +57,15 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None
     dtype: CheckpointDtype | None
     """As config.json states it; None if it does not."""
+    pooling: PoolingConfig = PoolingConfig()
+    """How the model makes embeddings, unless a request says otherwise."""
+    encoder: EncoderConfig | None = None
+    """Set for encoders: they only embed. Their positions are learned, the layers' ropes without effect."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model continues text."""
+        return self.encoder is None
 
     @property
     def num_layers(self) -> int:
@@ -62,10 +81,18 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         directory = Path(path)
         if not directory.is_dir():
-            raise ModelLoadError(f"model directory {str(directory)!r} does not exist")
+            raise ModelLoadError(
+                f"model directory {str(directory)!r} does not exist; models are local Hugging Face directories, and "
+                "none is downloaded by its name"
+            )
         values = read_json_object(directory / "config.json")
         generation = directory / "generation_config.json"
-        return parse_model_config(values, read_json_object(generation) if generation.is_file() else {})
+        config = parse_model_config(values, read_json_object(generation) if generation.is_file() else {})
+        sentences = read_sentence_encoder(directory, values, config.pooling.pooling_type)
+        length = config.max_position
+        if not config.generates and sentences.max_length is not None:
+            length = min(length, sentences.max_length)
+        return msgspec.structs.replace(config, pooling=sentences.pooling, max_position=length)
 
 
 def parse_model_config(values: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
@@ -107,6 +134,8 @@ def parse_model_config(values: dict[str, Any], generation: dict[str, Any]) -> Mo
         eos_token_ids=tuple(dict.fromkeys((*_ids(ends.eos_token_id), *_ids(raw.eos_token_id)))),
         bos_token_id=raw.bos_token_id,
         dtype=raw.dtype or raw.torch_dtype,
+        pooling=PoolingConfig(pooling_type=family.pooling_type),
+        encoder=family.encoder(raw) if family.encoder else None,
     )
 
 
@@ -117,6 +146,8 @@ class _Family(msgspec.Struct, frozen=True, kw_only=True):
     layers: Callable[[HfConfig], tuple[LayerConfig, ...]]
     activation: str = "silu"
     always_qkv_bias: bool = False
+    pooling_type: PoolingType = "last"
+    encoder: Callable[[HfConfig], EncoderConfig] | None = None
     states_scaled_length: bool = False
     """`max_position_embeddings` is the length that rope scaling reaches, not the one that it starts from."""
     defaults: dict[str, Any]
@@ -176,6 +207,20 @@ def _gemma3_layers(raw: HfConfig) -> tuple[LayerConfig, ...]:
     return tuple(full if (index + 1) % pattern == 0 else sliding for index in range(raw.num_hidden_layers))
 
 
+def _bert_encoder(raw: HfConfig) -> EncoderConfig:
+    if raw.position_embedding_type not in (None, "absolute"):
+        raise ModelLoadError(
+            f"config.json: 'position_embedding_type' {raw.position_embedding_type!r} is not supported"
+        )
+    if raw.is_decoder:
+        raise ModelLoadError("config.json: 'is_decoder' is not supported for this architecture")
+    return EncoderConfig(
+        layer_norm_eps=raw.layer_norm_eps,
+        type_vocab_size=raw.type_vocab_size,
+        num_positions=raw.max_position_embeddings,
+    )
+
+
 def _by_type(types: list[LayerType], full: LayerConfig, sliding: LayerConfig) -> tuple[LayerConfig, ...]:
     return tuple(sliding if kind == "sliding_attention" else full for kind in types)
 
@@ -215,6 +260,14 @@ _FAMILIES = {
             "query_pre_attn_scalar": 256.0,
             "tie_word_embeddings": True,
         },
+    ),
+    "BertModel": _Family(
+        model_type="bert",
+        layers=_llama_layers,
+        activation="gelu",
+        pooling_type="cls",
+        encoder=_bert_encoder,
+        defaults={"max_position_embeddings": 512},
     ),
 }
 

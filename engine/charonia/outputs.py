@@ -61,6 +61,13 @@ class CompletionOutput:
 
 
 @dataclass(slots=True)
+class EmbeddingOutput:
+    """embedding: one number a component, fp32 values."""
+
+    embedding: list[float]
+
+
+@dataclass(slots=True)
 class RequestTimings:
     """Durations in seconds, from the moment the frontend received the request."""
 
@@ -79,5 +86,17 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    timings: RequestTimings = field(default_factory=RequestTimings)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """One request's embedding; there is one such output a request. prompt_token_ids: what was embedded."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
     num_cached_tokens: int = 0
     timings: RequestTimings = field(default_factory=RequestTimings)

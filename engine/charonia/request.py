@@ -1,20 +1,24 @@
 """A generation request as the engine sees it: token ids in, token ids out."""
 
+from collections.abc import Collection
 from enum import Enum, auto
+from typing import Protocol
 
 import msgspec
 
 from charonia.outputs import FinishReason, TokenLogprobs
+from charonia.pooling_params import PoolingParams
 from charonia.sampling_params import SamplingParams
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """One sequence to generate, fully resolved by a frontend. Crosses the process boundary.
+    """One sequence to generate, or to embed, fully resolved by a frontend. Crosses the process boundary.
 
     request_id: unique within the engine's life. seed: the sequence's own RNG key. stop_token_ids: tokens that end the
     sequence, with end-of-sequence tokens included unless ignored. bad_words: token sequences never to be completed.
     max_tokens: at least 1. priority: lower runs first (policy "priority"). deadline: on CLOCK_MONOTONIC, in seconds.
-    cache_salt: isolates the prefix cache. arrival_time: CLOCK_MONOTONIC, in seconds.
+    cache_salt: isolates the prefix cache. arrival_time: CLOCK_MONOTONIC, in seconds. pooling: makes it a request for an
+    embedding, which generates nothing; `sampling` and what belongs to it are then without effect.
     """
 
     request_id: int
@@ -28,6 +32,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     priority: int = 0
     deadline: float | None = None
     cache_salt: str = ""
+    pooling: PoolingParams | None = None
 
 
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, omit_defaults=True, gc=False):
@@ -36,6 +41,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, omi
     logprobs: one entry a token of `token_ids`. prompt_logprobs: entries of prompt positions computed in this step, in
     order, beginning at position 1. stop_token_id: the stop token that ended the sequence. error: the message when
     finish_reason is ERROR. num_cached_tokens, scheduled_time (CLOCK_MONOTONIC): set in the request's first delta.
+    embedding: little-endian fp32 values, in the only delta of a request for one.
     """
 
     request_id: int
@@ -48,14 +54,38 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, omi
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int | None = None
     scheduled_time: float | None = None
+    embedding: bytes | None = None
 
 
 class RequestStatus(Enum):
     """Where a request lives in the scheduler."""
 
+    COMPILING = auto()
     WAITING = auto()
     RUNNING = auto()
     FINISHED = auto()
+
+
+class Matcher(Protocol):
+    """Where one sequence stands in the grammar of its output."""
+
+    @property
+    def end_token_ids(self) -> Collection[int]:
+        """Tokens that end a sequence; its grammar allows them where the output may end."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output satisfies the grammar and nothing may follow."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar can be followed no further, if so."""
+
+    def accept(self, token_id: int) -> None:
+        """Move on by a token."""
+
+    def rollback(self, num_tokens: int) -> None:
+        """Go back by the tokens that were accepted last."""
 
 
 class Request:
@@ -69,7 +99,7 @@ class Request:
     """
 
     __slots__ = (
-        "admission", "block_hashes", "block_ids", "common_with", "data", "last_step_id", "max_num_tokens",
+        "admission", "block_hashes", "block_ids", "common_with", "data", "last_step_id", "matcher", "max_num_tokens",
         "num_cached_tokens", "num_common_blocks", "num_computed_tokens", "num_preemptions", "num_prompt_logprobs",
         "num_prompt_tokens", "num_published_blocks", "num_tokens", "order", "request_id", "row", "schedule_from",
         "scheduled_time", "status", "stop_token_ids", "token_ids", "update_from",
@@ -113,6 +143,18 @@ class Request:
         self.common_with = -1
         """The stay (of another request, or its own) that `num_common_blocks` compares with."""
         self.num_common_blocks = 0
+        self.matcher: Matcher | None = None
+        """Of a constrained request, once its grammar is compiled; it has accepted every known output token."""
+
+    @property
+    def pools(self) -> bool:
+        """Whether it ends with an embedding of its prompt instead of tokens."""
+        return self.data.pooling is not None
+
+    @property
+    def num_tokens_ahead(self) -> int:
+        """Known tokens, and the next one if there will be one."""
+        return len(self.token_ids) + (not self.pools)
 
     @property
     def num_pending_tokens(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 
 from charonia.errors import InvalidRequestError, UnsupportedError
+from charonia.structured_params import NAME as STRUCTURED
+from charonia.structured_params import StructuredOutputsParams, gather_structured
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -30,6 +32,8 @@ class SamplingParams(
     reproducible whatever else is in its batch; with n > 1, sequence i uses seed + i; -1 is none. max_tokens: None
     generates up to the model's context length. logprobs / prompt_logprobs: how many alternatives to report per
     position (0 reports the token itself). min_tokens: stop conditions are ignored before that many tokens.
+    structured_outputs: the form that the output must have. It ends where that form is complete, with finish reason
+    "stop"; `ignore_eos` and `min_tokens` keep it going for as long as the form allows anything but the end.
     """
 
     n: int = 1
@@ -55,6 +59,7 @@ class SamplingParams(
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         # vLLM accepts one string, and None for "none", where a list is meant.
@@ -64,6 +69,9 @@ class SamplingParams(
                 msgspec.structs.force_setattr(self, name, {} if name == "logit_bias" else [])
             elif isinstance(value, str):
                 msgspec.structs.force_setattr(self, name, [value])
+        if self.structured_outputs is not None:
+            constraint = StructuredOutputsParams.from_value(self.structured_outputs)
+            msgspec.structs.force_setattr(self, STRUCTURED, constraint)
         if self.seed == -1:
             msgspec.structs.force_setattr(self, "seed", None)
         _validate(self)
@@ -80,9 +88,11 @@ class SamplingParams(
         Nulls are ignored. Raises `InvalidRequestError` for unknown keys and for values that do not fit, naming the key.
         """
         fields: dict[str, Any] = {}
-        for key, value in values.items():
-            if value is None:
-                continue
+        for key, value in gather_structured(values).items():
+            if key == "best_of" and str(value) == str(values.get("n") or 1):
+                continue  # as many as are returned: what older OpenAI frontends always send
+            if value is False and key in ("logprobs", "prompt_logprobs"):
+                continue  # OpenAI's chat API has a boolean of that name
             if key in _UNSUPPORTED:
                 raise UnsupportedError(f"sampling parameter {key!r} is not supported: {_UNSUPPORTED[key]}")
             kind = _FIELD_TYPES.get(key)
@@ -94,9 +104,8 @@ class SamplingParams(
 
 
 _UNSUPPORTED = {
+    "best_of": "every sequence that is generated is returned; it may only equal 'n'",
     "lora_name": "this model serves no LoRA adapters",
-    "structured_outputs": "structured outputs are not available",
-    "guided_decoding": "structured outputs are not available",
 }
 
 _LIST_FIELDS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
@@ -112,6 +121,8 @@ _FIELD_TYPES: dict[str, Any] = {f.name: _without_none(f.type) for f in msgspec.s
 
 def _cast(key: str, value: Any, kind: Any) -> Any:
     """Cast `value` to `kind`: strings to numbers and booleans, JSON text and single items to lists and mappings."""
+    if key == STRUCTURED:
+        return StructuredOutputsParams.from_value(value)
     given = value
     if isinstance(value, str) and (key in _LIST_FIELDS or key == "logit_bias"):
         value = _decode_json_container(value, kind)

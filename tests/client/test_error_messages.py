@@ -5,8 +5,18 @@ import json
 import numpy as np
 import pytest
 from charonia.errors import CharoniaError, ErrorCode
+from charonia.errors import InvalidRequestError as CharoniaInvalidRequestError
 from charonia.triton.inputs import RawRequest, parse_request
-from charonia_client import InvalidRequestError, RequestFailedError, UnsupportedError
+from charonia.triton.live_request import LiveRequest
+from charonia_client import (
+    InternalServerError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    RequestTimeoutError,
+    ServerUnavailableError,
+    UnsupportedError,
+)
 from charonia_client.errors import from_message
 
 EXPECTED = {
@@ -70,3 +80,36 @@ def test_what_the_model_refuses_gets_its_type(inputs):
 
 def test_a_text_that_nobody_knows_is_not_guessed_at():
     assert type(from_message("out of cheese", url="u", model="llm")) is RequestFailedError
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("[INVALID_ARG] out of cheese", InvalidRequestError),
+        ("[INTERNAL] out of cheese", InternalServerError),
+        ("[INVALID_ARG] the model is not ready for this", InvalidRequestError),
+        ("[UNAVAILABLE] out of cheese", ServerUnavailableError),
+        ("[UNAVAILABLE] 9 requests are waiting already; try again later", QueueFullError),
+        ("[CANCELLED] deadline exceeded", RequestTimeoutError),
+    ],
+)
+def test_a_code_in_front_decides(text, kind):
+    error = from_message(text, url="u", model="llm")
+    assert type(error) is kind
+    assert error.message == text.partition("] ")[2]
+
+
+def test_the_code_comes_in_front_where_the_request_asks_for_it():
+    raw = RawRequest({}, parameters='{"charonia_error_codes": "true"}')
+    live = LiveRequest(sender=None, wake=lambda request: None)
+    error = CharoniaInvalidRequestError("no cheese")
+    assert not RawRequest({}).wants_error_codes
+    assert live.error_text(error) == "no cheese"
+    live.wants_error_codes = raw.wants_error_codes
+    assert live.error_text(error) == "[INVALID_ARG] no cheese"
+    assert (
+        parse_request(
+            RawRequest({"text_input": strings("a")}, parameters='{"charonia_error_codes": "true"}')
+        ).generation.prompt
+        == "a"
+    )

@@ -1,6 +1,7 @@
 """What clients are told when they ask for what cannot be, over both protocols, by the real engine."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,9 +80,12 @@ def test_wrong_parameters(narrow: Served, stub: Any, params: str) -> None:
         (text_message(b"\xff"), "INVALID_ARGUMENT", "input 'text_input' is not valid UTF-8 at byte 0"),
         (text_message(""), "INVALID_ARGUMENT", "the prompt is empty"),
         (message({"input_ids": ids([49152])}), "INVALID_ARGUMENT", "49152 is not in the vocabulary"),
+        (message({"embedding_request": string('{"input": [49152]}')}), "INVALID_ARGUMENT", "not in the vocabulary"),
+        (message({"embedding_request": string('{"input": ["a", "b"]}')}), "INVALID_ARGUMENT", "must be one text"),
         (message({"text_input": string("x"), "image": string("")}), "UNIMPLEMENTED", "'image' is not supported"),
         (text_message("x", {"lora_name": "a"}), "UNIMPLEMENTED", "'lora_name' is not supported"),
-        (text_message("x", {"guided_decoding": {"json": {}}}), "UNIMPLEMENTED", "not available"),
+        (text_message("x", {"guided_decoding": {"json": 5}}), "INVALID_ARGUMENT", "'json' must be a JSON schema"),
+        (text_message("x", {"structured_outputs": {"regex": "(a"}}), "INVALID_ARGUMENT", "cannot be compiled"),
         (
             message({"text_input": string("x"), "stream": boolean(True), "exclude_input_in_output": boolean(False)}),
             "INVALID_ARGUMENT",
@@ -177,3 +181,14 @@ def test_outcomes_are_counted(narrow: Served) -> None:
             == (1, 1, 1, 3, 1)
         )
     ), narrow.metrics()
+
+
+def test_outputs_of_a_prescribed_form(narrow: Served) -> None:
+    body = {"text_input": "Hello", "guided_regex": r"\d\d-\d\d", "exclude_input_in_output": True}
+    response = httpx.post(narrow.http_url + GENERATE, json=body, timeout=60)
+    assert re.fullmatch(r"\d\d-\d\d", response.json()["text_output"])
+    events = httpx.post(narrow.http_url + STREAM, json={**body, "stream": True}, timeout=60)
+    pieces = [
+        json.loads(line[6:])["text_output"] for line in events.text.splitlines() if line.startswith("data: ")
+    ]
+    assert re.fullmatch(r"\d\d-\d\d", "".join(pieces))

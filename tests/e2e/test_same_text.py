@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+import queue
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
-from charonia import LLM, SamplingParams
+import tritonclient.grpc as grpcclient
+from charonia import LLM, PoolingParams, SamplingParams
 from charonia_client import AsyncCharoniaClient, CharoniaClient, GenerateResult, ResponseStream, StreamChunk
 from support.answers import (
     Answer,
@@ -19,6 +23,7 @@ from support.answers import (
     triton_aio,
     triton_grpc,
 )
+from support.launch import eventually
 from support.prompts import CHATS, TEXTS
 from support.served import Served
 
@@ -181,3 +186,85 @@ def test_the_prompt_is_echoed(real: Served, expected: dict[str, Answer], exclude
         body["exclude_input_in_output"] = exclude
     answer = httpx.post(f"{real.http_url}/v2/models/llm/generate", json=body, timeout=120).json()
     assert answer["text_output"] == TEXTS["hindi"] + expected["hindi"].texts[0]
+
+
+# ---- embeddings ----
+
+EMBEDDED = {
+    "text": {"input": TEXTS["chinese"], "pooling_params": {}},
+    "token ids": {"input": [504, 3575, 282, 4649, 314]},
+    "cut": {"input": TEXTS["capital"], "pooling_params": {"dimensions": [64]}},
+    "mean": {"input": TEXTS["python class"], "pooling_params": {"pooling_type": "mean", "normalize": False}},
+}
+
+
+@pytest.fixture(scope="module")
+def embeddings(real_model: Path) -> dict[str, tuple[list[float], int]]:
+    """Of the offline engine: vectors, and how many tokens went in."""
+    prompts = [ask["input"] for ask in EMBEDDED.values()]
+    params = [PoolingParams.from_mapping(ask.get("pooling_params", {})) for ask in EMBEDDED.values()]
+    with LLM(str(real_model), dtype="float32", max_num_seqs=4) as llm:
+        outputs = llm.embed(prompts, params, use_tqdm=False)
+    return {
+        name: (output.outputs.embedding, len(output.prompt_token_ids))
+        for name, output in zip(EMBEDDED, outputs, strict=True)
+    }
+
+
+def test_embeddings_over_http(real: Served, embeddings: dict[str, tuple[list[float], int]]) -> None:
+    for name, (vector, num_tokens) in embeddings.items():
+        body = {"embedding_request": json.dumps(EMBEDDED[name]), "return_num_input_tokens": True,
+                "return_num_output_tokens": True}  # fmt: skip
+        answer = httpx.post(f"{real.http_url}/v2/models/llm/generate", json=body, timeout=60).json()
+        assert json.loads(answer["text_output"]) == pytest.approx(vector, abs=1e-4)
+        assert (answer["num_input_tokens"], answer["num_output_tokens"]) == (num_tokens, 0)
+    norms = {name: sum(value * value for value in vector) for name, (vector, _) in embeddings.items()}
+    assert norms["text"] == pytest.approx(1) and norms["cut"] == pytest.approx(1) and norms["mean"] > 2
+    assert len(embeddings["cut"][0]) == 64
+
+
+def test_embeddings_as_clients_of_the_vllm_backend_ask(
+    real: Served, embeddings: dict[str, tuple[list[float], int]]
+) -> None:
+    """On one stream, beside text, with the empty `text_input` that those clients send."""
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    client = grpcclient.InferenceServerClient(real.grpc_url)
+    client.start_stream(callback=lambda result, error: answers.put((result, error)))
+    for name, ask in EMBEDDED.items():
+        inputs = triton_texts(text_input="", embedding_request=json.dumps(ask))
+        client.async_stream_infer("llm", inputs, request_id=name)
+    client.async_stream_infer("llm", triton_texts(text_input="One"), request_id="generated")
+    found = {}
+    for _ in range(len(EMBEDDED) + 1):
+        result, error = answers.get(timeout=60)
+        assert error is None
+        found[result.get_response().id] = result.as_numpy("text_output")[0].decode()
+    client.stop_stream()
+    client.close()
+    assert found.pop("generated").startswith("One")
+    for name, text in found.items():
+        assert json.loads(text) == pytest.approx(embeddings[name][0], abs=1e-4)
+
+
+def triton_texts(**values: str) -> list[Any]:
+    """Inputs of one string each."""
+    inputs = []
+    for name, value in values.items():
+        inputs.append(grpcclient.InferInput(name, [1], "BYTES"))
+        inputs[-1].set_data_from_numpy(np.array([value.encode()], dtype=object))
+    return inputs
+
+
+def test_a_cancelled_embedding_leaves_the_engine(real: Served) -> None:
+    """The longest prompt there can be takes seconds; its client goes away at once."""
+    cancelled = 'charonia_requests_total{outcome="cancelled"}'
+    before = real.metrics().get(cancelled, 0.0)
+    ask = json.dumps({"input": [7] * 8192})
+    client = grpcclient.InferenceServerClient(real.grpc_url)
+    client.start_stream(callback=lambda result, error: None)
+    client.async_stream_infer("llm", triton_texts(embedding_request=ask))
+    assert eventually(lambda: real.metrics()["charonia_requests_running"] == 1, 20)
+    client.stop_stream(cancel_requests=True)
+    client.close()
+    assert eventually(lambda: real.metrics().get(cancelled) == before + 1, 20)
+    real.wait_idle()

@@ -11,7 +11,7 @@ import torch
 from charonia.config import EngineConfig
 from charonia.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
 from charonia.models import LoadedModel, load_model, resolve_dtype
-from charonia.models.registry import ARCHITECTURES
+from charonia.models.registry import ARCHITECTURES, ENCODERS
 from support.paged_context import PagedContext, Sequence, greedy
 from support.tiny_models import TINY_MODELS, save_tiny_model, tiny_model
 from transformers import PreTrainedModel
@@ -148,7 +148,7 @@ def test_num_bytes_counts_a_tied_head_once(tmp_path: Path) -> None:
 
 
 def test_registry_builds_what_the_config_accepts() -> None:
-    assert tuple(ARCHITECTURES) == SUPPORTED_ARCHITECTURES
+    assert (*ARCHITECTURES, *ENCODERS) == SUPPORTED_ARCHITECTURES
 
 
 @pytest.mark.parametrize(

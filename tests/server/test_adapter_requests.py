@@ -255,7 +255,7 @@ HI = bytes_tensor("text_input", "hi")
         ([HI, bytes_tensor("sampling_parameters", '{"stop": ' + "[" * 5000)], "nested too deeply"),
         ([HI, bytes_tensor("sampling_parameters", '{"lora_name": "x"}')], "'lora_name' is not supported"),
         ([HI, bytes_tensor("image", "aGk=")], "'image' is not supported"),
-        ([bytes_tensor("embedding_request", "{}")], "'embedding_request' is not supported"),
+        ([bytes_tensor("embedding_request", "{}")], "'input' must be one text"),
         ([HI, tensor("input_ids", np.array([1], np.int32), "INT32")], "exclude each other"),
         ([HI, tensor("input_ids", np.array([1], np.int64), "INT64")], "data-type"),
         ([tensor("input_ids", np.array([[1, 2]], np.int32), "INT32")], "unexpected shape"),

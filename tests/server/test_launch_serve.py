@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as triton
 from charonia.entrypoints.processes import child_processes
 from support.launch import (
     LAUNCH_MODEL,
@@ -23,6 +25,7 @@ from support.launch import (
     leftovers,
     make_checkpoint,
 )
+from tritonclient.utils import InferenceServerException
 
 pytestmark = pytest.mark.server
 
@@ -69,6 +72,8 @@ class Serve(Command):
         self.ports = free_ports()
         names = ("--http-port", "--grpc-port", "--metrics-port")
         ports = [f"{name}={port}" for name, port in zip(names, self.ports, strict=True)]
+        if not any(argument.startswith("--gateway-port") for argument in arguments):
+            ports.append("--gateway-port=0")
         super().__init__(
             folder, template, "serve", str(make_checkpoint(folder / "model")), *ports, *arguments
         )
@@ -213,3 +218,35 @@ def test_demo_starts_a_server_of_its_own(tmp_path: Path, run: Callable[[Command]
     assert demo.process.wait(60) == 0, demo.everything()
     assert "user: who blew it" in demo.out.read_text()
     assert re.search(r"4 tokens, first after \d+ ms", demo.err.read_text())
+
+
+def test_apis_that_name_memory_and_files_of_the_server_are_closed(
+    tmp_path: Path, run: Callable[[Command], Command]
+) -> None:
+    serve = Serve(tmp_path)
+    run(serve)
+    serve.wait_ready()
+
+    def status(path: str, **options: object) -> int:
+        url = f"http://127.0.0.1:{serve.ports[0]}/v2/{path}"
+        try:
+            return urllib.request.urlopen(urllib.request.Request(url, **options), timeout=20).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    region = json.dumps({"key": "/any", "offset": 0, "byte_size": 64}).encode()
+    assert status("systemsharedmemory/region/any/register", data=region) == 403
+    assert status("cudasharedmemory/status") == 403
+    assert status("logging", data=json.dumps({"log_file": str(tmp_path / "written")}).encode()) == 403
+    assert status("trace/setting", data=json.dumps({"trace_file": str(tmp_path / "t")}).encode()) == 403
+    assert status("repository/models/llm/unload", data=b"{}") >= 400
+    assert status("models/llm/ready") == status("models/llm/stats") == 200
+    with triton.InferenceServerClient(f"127.0.0.1:{serve.ports[1]}") as client:
+        for ask in (
+            client.get_system_shared_memory_status,
+            client.get_log_settings,
+            client.get_trace_settings,
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                ask()
+        assert client.is_model_ready("llm")

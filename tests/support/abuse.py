@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -228,6 +229,24 @@ async def http_disconnect(target: Target, rng: random.Random) -> None:
 
 
 @kind(3)
+async def slow_reader(target: Target, rng: random.Random) -> None:
+    """Takes a few bytes at a time, and yet gets its own text to the end."""
+    canary = rng.choice(target.canaries)
+    body = json.dumps({"text_input": canary.prompt, "stream": True, **_greedy(canary)}).encode()
+    reader, writer = await asyncio.open_connection(target.host, target.port, limit=256)
+    writer.write(f"POST {STREAM} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    pieces = []
+    while piece := await reader.read(rng.choice([1, 16, 200])):
+        pieces.append(piece)
+        await asyncio.sleep(rng.random() * 0.02)
+    writer.close()
+    head, _, answer = b"".join(pieces).partition(b"\r\n\r\n")
+    assert b" 200 " in head.splitlines()[0], head[:200]
+    events = re.findall(rb"^data: (.*)$", answer, re.MULTILINE)
+    assert "".join(json.loads(event)["text_output"] for event in events) == canary.text
+
+
+@kind(3)
 async def time_limit(target: Target, rng: random.Random) -> None:
     request = text_message("Hello", LONG, parameters={"timeout": rng.choice([1, 10_000, 50_000])})
     answers = await converse(target, [request])
@@ -246,7 +265,8 @@ PARAMS_WRONG: tuple[str | bytes, ...] = (
     '{"stop": ["' + "x" * 1025 + '"]}', json.dumps({"stop": ["x"] * 65}), '{"stop_token_ids": [-1]}',
     '{"stop_token_ids": [49152]}', '{"logit_bias": {"a": 1}}', '{"logit_bias": {"1": 101}}', '{"logit_bias": [1]}',
     '{"allowed_token_ids": []}', '{"seed": 9223372036854775808}', '{"unknown": 1}', '{"": 1}', '{"\\u0000": 1}',
-    '{"top_p": 0}', '{"min_tokens": 5, "max_tokens": 4}', '{"lora_name": "x"}', '{"guided_decoding": {"json": {}}}',
+    '{"top_p": 0}', '{"min_tokens": 5, "max_tokens": 4}', '{"lora_name": "x"}', '{"guided_decoding": {"json": 5}}',
+    '{"guided_regex": "(a"}',
     '{"priority": "high"}', '{"priority": 1e300}', '{"timeout": -1}', '{"cache_salt": 5}', "\x00", " { } x",
     json.dumps({"bad_words": ["x" * 257]}), '{"temperature": ' + "9" * 5000 + "}",
 )  # fmt: skip

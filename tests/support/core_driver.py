@@ -2,6 +2,7 @@
 
 import random
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Sequel:
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_cached_tokens: int | None = None
+    embedding: list[float] | None = None
 
 
 class CoreDriver:
@@ -62,6 +64,8 @@ class CoreDriver:
             sequel.prompt_logprobs += delta.prompt_logprobs or []
             sequel.finish_reason = delta.finish_reason
             sequel.error = delta.error
+            if delta.embedding is not None:
+                sequel.embedding = list(array("f", delta.embedding))
             if delta.num_cached_tokens is not None:
                 sequel.num_cached_tokens = delta.num_cached_tokens
 

@@ -18,6 +18,7 @@ import itertools
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from charonia.config import EngineConfig
 from charonia.core.stats import EngineStats
 from charonia.errors import EngineDeadError, ErrorCode, RequestCancelledError, error_from_code
 from charonia.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, RequestTimings
+from charonia.request import TokenDelta
+from charonia.serving.metrics import TokenMeter
 from charonia.serving.request import ChatInput, GenerationRequest, OutputSink
 
 
@@ -50,6 +53,8 @@ class FakeEngine:
 
     def __init__(self, events_path: Path | None = None) -> None:
         self.is_ready = True
+        self.max_model_len = 2048
+        self.meter = TokenMeter()
         self.submitted: list[GenerationRequest] = []
         self._events_path = events_path
         self._timers: list[tuple[float, int, FakeHandle]] = []
@@ -87,6 +92,9 @@ class FakeEngine:
             self._live.add(handle)
             self._at(script.get("queue_s", 0.0), handle)
         return handle
+
+    def answer_utility(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        return {"asked": dict(request)}
 
     def abort(self, handle: FakeHandle) -> None:
         with self._changed:
@@ -153,7 +161,9 @@ class FakeEngine:
             self._at(script.get("prefill_s", 0.0), handle)
             return
         handle.state = "decoding"
-        handle.timings.first_token = handle.timings.first_token or time.monotonic() - handle.arrival
+        if not handle.timings.first_token:
+            handle.timings.first_token = time.monotonic() - handle.arrival
+            self.meter.note_first_token(handle.timings, len(handle.prompt_ids))
         if handle.sent == script.get("error_after", -1):
             self._live.discard(handle)
             handle.sink.on_error(
@@ -175,6 +185,10 @@ class FakeEngine:
 
     def _output(self, handle: FakeHandle, piece: str, *, finished: bool) -> RequestOutput:
         params = handle.request.params
+        delta = TokenDelta(
+            request_id=id(handle), token_ids=[0], finish_reason=FinishReason.LENGTH if finished else None
+        )
+        self.meter.note_step([delta], time.monotonic())
         limit = params.max_tokens is not None and handle.sent >= params.max_tokens
         items = []
         for index in range(params.n):

@@ -133,11 +133,20 @@ class Sender:
         return self.cancelled
 
 
+class InferenceTrace:
+    def __init__(self, context: str | None) -> None:
+        self._context = context
+
+    def get_context(self) -> str | None:
+        return self._context
+
+
 class Request:
     def __init__(
         self, inputs: dict[str, Any] | None = None, parameters: str = "{}", request_id: str = "", timeout: int = 0,
-        sender: Sender | None = None,
+        sender: Sender | None = None, trace_context: str | None = None,
     ) -> None:  # fmt: skip
+        self._trace = InferenceTrace(trace_context)
         self._inputs = [Tensor(name, array) for name, array in (inputs or {}).items()]
         self._parameters, self._request_id, self._timeout = parameters, request_id, timeout
         self.sender = sender or Sender()
@@ -153,6 +162,9 @@ class Request:
 
     def timeout(self) -> int:
         return self._timeout
+
+    def trace(self) -> InferenceTrace:
+        return self._trace
 
     def get_response_sender(self) -> Sender:
         return self.sender

@@ -24,7 +24,10 @@ _STUB = "triton_python_backend_stub"
 
 
 class Served:
-    """A `charonia serve` process of model `llm`. `wait_ready` comes before anything else."""
+    """A `charonia serve` process of model `llm`. `wait_ready` comes before anything else.
+
+    It has a gateway only where the arguments name its port.
+    """
 
     def __init__(self, folder: Path, model: str | None, *arguments: str) -> None:
         self._out, self._err = folder / "out", folder / "err"
@@ -36,6 +39,7 @@ class Served:
             sys.executable, "-m", "charonia.entrypoints.cli", "serve", *([model] if model else []), *arguments,
             f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}",
             f"--metrics-port={self.metrics_port}", f"--log-file={self.log}",
+            *([] if any(a.startswith("--gateway-port") for a in arguments) else ["--gateway-port=0"]),
         ]  # fmt: skip
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
@@ -70,7 +74,15 @@ class Served:
     @property
     def server_pid(self) -> int:
         """Pid of the tritonserver that runs now."""
-        (pid,) = child_processes(self.process.pid)
+        (pid,) = (
+            pid for pid in child_processes(self.process.pid) if "charonia_client" not in command_line(pid)
+        )
+        return pid
+
+    @property
+    def gateway_pid(self) -> int:
+        """Pid of the gateway that runs now."""
+        (pid,) = (pid for pid in child_processes(self.process.pid) if "charonia_client" in command_line(pid))
         return pid
 
     @property

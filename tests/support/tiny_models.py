@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -112,6 +114,12 @@ TINY_MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def tiny_model(name: str) -> PreTrainedModel:
     """The model in fp32, its weights fixed by the name; norms and biases are random too."""
     return randomised(TINY_MODELS[name], sum(name.encode()))
+
+
+def tiny_bert(**changes: Any) -> PreTrainedModel:
+    """An encoder of the same size, with its pooler, which embeddings have no use for."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("bos_token_id", "eos_token_id")}
+    return randomised(lambda: BertModel(BertConfig(**{**sizes, "max_position_embeddings": 96, **changes})), 4)
 
 
 def gpu_shaped_model(architecture: str) -> PreTrainedModel:

@@ -58,6 +58,7 @@ class TestRepository:
             settings={"model": "/m", "dtype": "float32"},
             instances=3,
             runtime_dir=Path('/tmp/with "quotes"'),
+            parameters={"log_requests": "off"},
             template=LAUNCH_MODEL,
         )
         config = (model / "config.pbtxt").read_text()
@@ -65,6 +66,7 @@ class TestRepository:
         assert 'name: "other"' in config
         assert "count: 3" in config
         assert r'key: "runtime_dir" value { string_value: "/tmp/with \"quotes\"" }' in config
+        assert 'parameters { key: "log_requests" value { string_value: "off" } }' in config
         assert json.loads((model / "1" / "model.json").read_text()) == {"model": "/m", "dtype": "float32"}
         assert (model / "1" / "model.py").read_text() == (LAUNCH_MODEL / "1" / "model.py").read_text()
 
@@ -130,8 +132,12 @@ class TestCommand:
         assert "'max_num_seqs' must be a positive integer" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
-        "arguments", [[], ["serv"], ["serve", "--instances=0"], ["serve", "--http-port=x"]]
-    )
+        "arguments",
+        [
+            [], ["serv"], ["serve", "--instances=0"], ["serve", "--http-port=x"], ["serve", "--parameter=x"],
+            ["serve", "--parameter=runtime_dir=/tmp"],
+        ],
+    )  # fmt: skip
     def test_bad_usage(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)

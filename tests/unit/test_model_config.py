@@ -146,7 +146,7 @@ def test_unsupported_architecture_names_those_supported() -> None:
     message = error_of(architectures=["GPT2LMHeadModel"])
     assert "GPT2LMHeadModel" in message
     assert all(name in message for name in SUPPORTED_ARCHITECTURES)
-    assert "'bert'" in error_of(architectures=[], model_type="bert")
+    assert "'gpt2'" in error_of(architectures=[], model_type="gpt2")
 
 
 @pytest.mark.parametrize(

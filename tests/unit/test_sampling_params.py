@@ -160,7 +160,7 @@ def test_unknown_keys_are_named() -> None:
         SamplingParams.from_mapping({"tempreature": 1.0})
 
 
-@pytest.mark.parametrize("key", ["lora_name", "guided_decoding", "structured_outputs"])
+@pytest.mark.parametrize("key", ["lora_name", "best_of"])
 def test_what_is_not_supported_says_so(key: str) -> None:
     with pytest.raises(UnsupportedError, match=key):
         SamplingParams.from_mapping({key: "x"})
@@ -201,3 +201,11 @@ def test_survives_the_wire() -> None:
         seed=-(2**63),
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+
+
+def test_what_openai_frontends_send_besides() -> None:
+    given = {"best_of": 1, "logprobs": False, "prompt_logprobs": False, "temperature": 1.0}
+    assert SamplingParams.from_mapping(given) == SamplingParams()
+    assert SamplingParams.from_mapping({"best_of": "2", "n": 2}) == SamplingParams(n=2)
+    with pytest.raises(UnsupportedError, match="'best_of'"):
+        SamplingParams.from_mapping({"best_of": 4, "n": 2})

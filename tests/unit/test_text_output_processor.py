@@ -4,7 +4,7 @@ import pytest
 from charonia.outputs import CompletionOutput, FinishReason, Logprob, TokenLogprobs
 from charonia.request import TokenDelta
 from charonia.sampling_params import SamplingParams
-from charonia.text import SequenceProcessor, Tokenizer, convert_logprobs, merge
+from charonia.text import SequenceProcessor, Tokenizer, convert_logprobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.text_tokenizers import gpt2_like
@@ -28,6 +28,21 @@ def delta(token_ids: list[int], **fields: object) -> TokenDelta:
 
 def logprobs_of(token_ids: list[int]) -> list[TokenLogprobs]:
     return [TokenLogprobs([i, 40, 41], [-float(i), -0.5, -1.5], 7) for i in token_ids]
+
+
+def merge(a: CompletionOutput, b: CompletionOutput) -> CompletionOutput:
+    """Two consecutive deltas of one sequence as one."""
+    return CompletionOutput(
+        index=a.index,
+        text=a.text + b.text,
+        token_ids=a.token_ids + b.token_ids,
+        cumulative_logprob=b.cumulative_logprob,
+        logprobs=None
+        if a.logprobs is None and b.logprobs is None
+        else (a.logprobs or []) + (b.logprobs or []),
+        finish_reason=b.finish_reason,
+        stop_reason=b.stop_reason,
+    )
 
 
 def run(sequence: SequenceProcessor, deltas: list[TokenDelta]) -> CompletionOutput:
@@ -205,29 +220,21 @@ def test_ranks_are_unique_among_equals() -> None:
     assert {i: entry.rank for i, entry in beyond.items()} == {c: 3, a: 1, b: 2}
 
 
-def test_merge() -> None:
-    first = CompletionOutput(0, "a", [1], -1.0, [{1: Logprob(-1.0, 1, "a")}])
-    second = CompletionOutput(0, "b", [2], -3.0, [{2: Logprob(-2.0, 1, "b")}], FinishReason.STOP, "x")
-    merged = merge(first, second)
-    assert (merged.text, merged.token_ids, merged.cumulative_logprob) == ("ab", [1, 2], -3.0)
-    assert merged.logprobs == [{1: Logprob(-1.0, 1, "a")}, {2: Logprob(-2.0, 1, "b")}]
-    assert (merged.finish_reason, merged.stop_reason) == (FinishReason.STOP, "x")
-    assert merge(CompletionOutput(0, "a"), CompletionOutput(0, "b")).logprobs is None
-
-
 # ---- everything in the end ----
 
 
 @settings(deadline=None)
-@given(st.text(max_size=20), st.integers(1, 4), st.booleans())
-def test_final_only_shows_the_same_in_the_end(text: str, size: int, with_stop: bool) -> None:
-    params = SamplingParams(stop=["ab"] if with_stop else [], logprobs=0)
+@given(st.text(max_size=20), st.integers(1, 4), st.booleans(), st.booleans())
+def test_final_only_shows_the_same_in_the_end(
+    text: str, size: int, with_stop: bool, with_logprobs: bool
+) -> None:
+    params = SamplingParams(stop=["ab"] if with_stop else [], logprobs=0 if with_logprobs else None)
     token_ids = [*ids(text), *ids("z")]
     groups = [token_ids[i : i + size] for i in range(0, len(token_ids), size)]
     deltas = [
         delta(
             group,
-            logprobs=logprobs_of(group),
+            logprobs=logprobs_of(group) if with_logprobs else None,
             finish_reason=FinishReason.LENGTH if group is groups[-1] else None,
         )
         for group in groups
@@ -248,10 +255,23 @@ def test_plain_tokens_may_be_appended_directly() -> None:
     )
 
 
+def test_text_that_waits_for_the_end_hides_the_end_token_and_half_characters() -> None:
+    sequence = SequenceProcessor(0, TOKENIZER, SamplingParams(), ids("prompt"), final_only=True)
+    plain = sequence.plain_token_ids
+    assert plain is not None
+    plain += [*ids("é"), *ids("é")[:1]]
+    end = delta([EOS], finish_reason=FinishReason.STOP, stop_token_id=EOS)
+    output = sequence.push(end)
+    assert output is not None
+    assert output.text == "é\ufffd"
+    assert output.token_ids[-1] == EOS
+
+
 def test_tokens_that_need_more_are_not_plain() -> None:
     for params, final_only in (
         (SamplingParams(detokenize=False, logprobs=0), True),
-        (SamplingParams(), True),
+        (SamplingParams(stop=["x"]), True),
+        (SamplingParams(), False),
         (SamplingParams(detokenize=False), False),
     ):
         sequence = SequenceProcessor(0, TOKENIZER, params, [1], final_only=final_only)

@@ -15,7 +15,7 @@ from charonia.errors import ConfigError
 from charonia.serving.request import GenerationRequest, OutputSink
 from charonia.triton import backend as backend_module
 from charonia.triton.backend import TritonBackend
-from charonia.triton.cancellation import SWEEP_PERIOD_S
+from charonia.triton.cancellation import MAX_PAUSE_S
 from charonia.triton.health import ServerExit
 from charonia.triton.pb import TritonUtils
 from charonia.triton.settings import BackendOptions, InstanceInfo
@@ -48,15 +48,18 @@ class NoExit(ServerExit):
 class Bench:
     """A backend with everything around it."""
 
-    def __init__(self, tmp_path: Path, engine: FakeEngine | None = None, **options: Any) -> None:
+    def __init__(
+        self, tmp_path: Path, engine: FakeEngine | None = None,
+        engine_settings: dict[str, Any] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         self.engine = engine or FakeEngine(tmp_path / "events.jsonl")
         self.exit = NoExit()
         self.events_path = tmp_path / "events.jsonl"
         settings = {"drain_timeout_s": 0.2} | options
-        self.max_pending = settings.pop("max_pending", 100)
         self.backend = TritonBackend(
             TritonUtils(fake_pb), self.engine, INSTANCE, BackendOptions(**settings),
-            server_exit=self.exit, runtime_dir=tmp_path, max_pending=self.max_pending,
+            server_exit=self.exit, runtime_dir=tmp_path,
+            config=EngineConfig(model="scripted", **(engine_settings or {})),
         )  # fmt: skip
 
     def send(self, prompt: str, sender: Sender | None = None, **inputs: Any) -> Sender:
@@ -129,6 +132,13 @@ def test_no_response_is_empty_but_an_end_that_brings_nothing(bench: Bench) -> No
     assert all(response.outputs["num_output_tokens"][0] > 0 for response in sender.responses)
 
 
+def test_a_stream_interval_lets_tokens_gather_but_for_the_first_and_the_last(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, engine_settings={"stream_interval": 4})
+    sender = done(bench.send('@{"tokens": 11, "delay_s": 0.02}', stream=flag(True)))
+    assert [len(response.texts[0].split()) for response in sender.responses] == [1, 4, 4, 2]
+    bench.backend.shutdown()
+
+
 def test_a_lagging_sender_merges_and_loses_nothing(bench: Bench) -> None:
     slow = bench.send('@{"tokens": 200}', Sender(send_s=0.02), stream=flag(True))
     sender = done(slow)
@@ -152,6 +162,26 @@ def test_errors_carry_their_code_and_end_the_request(bench: Bench, code: str) ->
     assert error_of(bench.send(f'@{{"error": "{code}"}} x', stream=flag(True))) == (code, "scripted error")
     later = bench.send(f'@{{"error": "{code}", "error_after": 2}} a b c', stream=flag(True))
     assert error_of(later) == (code, "scripted error")
+
+
+def test_errors_begin_with_their_code_where_the_request_asks_for_it(bench: Bench) -> None:
+    request = Request(
+        {"text_input": text('@{"error": "NOT_FOUND"} x')}, parameters='{"charonia_error_codes": "true"}'
+    )
+    bench.backend.execute([request])
+    assert error_of(request.sender) == ("NOT_FOUND", "[NOT_FOUND] scripted error")
+
+
+def test_utilities_need_no_engine_and_count_as_no_request(bench: Bench) -> None:
+    request = Request({"utility_request": text('{"model_info": {}}')})
+    bench.backend.execute([request])
+    (response,) = done(request.sender).responses
+    assert json.loads(response.texts[0]) == {"asked": {"model_info": {}}}
+    assert bench.engine.submitted == []
+    assert not any("model_info" in line for line in fake_pb.Logger.lines)
+    wrong = Request({"utility_request": text("[]")})
+    bench.backend.execute([wrong])
+    assert error_of(wrong.sender)[0] == "INVALID_ARG"
 
 
 def test_errors_of_the_request_itself(bench: Bench) -> None:
@@ -194,7 +224,7 @@ def test_cancellation_in_every_state(bench: Bench, script: dict, state: str, str
     eventually(lambda: bench.events("abort"))
     abort = bench.events("abort")[0]
     assert abort["state"] == state
-    assert abort["time"] - cancelled_at < SWEEP_PERIOD_S + 0.15
+    assert abort["time"] - cancelled_at < MAX_PAUSE_S + 0.15
     assert error_of(sender)[0] == "CANCELLED"
     assert sender.final_times[0] - cancelled_at >= FINAL_DELAY_S
     assert sender.final_times[0] - cancelled_at < FINAL_DELAY_S + 0.5
@@ -282,7 +312,7 @@ def test_a_flood_is_refused(tmp_path: Path) -> None:
             return super().submit(request, sink)
 
     engine = Stuck(tmp_path / "events.jsonl")
-    bench = Bench(tmp_path, engine, max_pending=3)
+    bench = Bench(tmp_path, engine, {"max_waiting_requests": 3})
     senders = [bench.send("x") for _ in range(10)]
     eventually(lambda: any(sender.responses for sender in senders))
     assert error_of(senders[-1])[0] == "UNAVAILABLE"

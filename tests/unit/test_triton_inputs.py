@@ -196,11 +196,8 @@ def test_what_is_not_served_is_unsupported() -> None:
     hi = {"text_input": text("hi")}
     for inputs in (
         hi | {"image": text("aGk=")},
-        {"embedding_request": text("{}")},
         {"messages": chat},
         hi | {"sampling_parameters": text('{"lora_name": "a"}')},
-        hi | {"sampling_parameters": text('{"guided_decoding": {"json": {}}}')},
-        hi | {"sampling_parameters": text('{"structured_outputs": "{}"}')},
     ):
         assert isinstance(refused(inputs), UnsupportedError)
 

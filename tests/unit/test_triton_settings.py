@@ -1,5 +1,6 @@
 """config.pbtxt, model.json and the runtime folder: what is read, what is refused and why."""
 
+import dataclasses
 import json
 import os
 import re
@@ -83,6 +84,16 @@ def test_the_instance_kind_decides_on_the_device(tmp_path: Path) -> None:
     assert "please specify KIND_MODEL" in complaint(
         instance(tmp_path, "GPU", settings | {"tensor_parallel_size": 2})
     )
+    assert "please specify KIND_MODEL" in complaint(
+        instance(tmp_path, "GPU", settings | {"pipeline_parallel_size": "2"})
+    )
+
+
+def test_vllms_settings_without_effect_are_told_of(tmp_path: Path) -> None:
+    told: list[str] = []
+    info = instance(tmp_path, model_json={"model": "/m", "swap_space": 4, "revision": None})
+    assert read_engine_config(info, Path, told.append) == EngineConfig(model="/m")
+    assert ["swap_space" in text for text in told] == [True]
 
 
 def test_pinning(tmp_path: Path) -> None:
@@ -96,6 +107,38 @@ def test_pinning(tmp_path: Path) -> None:
     assert restricted == {"CUDA_VISIBLE_DEVICES": "GPU-abc"}
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         pin_device(instance(tmp_path, "GPU", device_id=2), {"CUDA_VISIBLE_DEVICES": "4,5"})
+
+
+def test_what_is_reported() -> None:
+    assert BackendOptions.from_parameters({}).log_requests == "summary"
+    assert not BackendOptions.from_parameters({}).report_custom_metrics
+    for text in ("true", "True", "yes"):
+        assert BackendOptions.from_parameters({"REPORT_CUSTOM_METRICS": text}).report_custom_metrics
+    assert not BackendOptions.from_parameters({"REPORT_CUSTOM_METRICS": "no"}).report_custom_metrics
+    assert BackendOptions.from_parameters({"log_requests": "full"}).log_requests == "full"
+    with pytest.raises(ConfigError, match="'log_requests': must be one of off, summary, full"):
+        BackendOptions.from_parameters({"log_requests": "everything"})
+    with pytest.raises(ConfigError, match="REPORT_CUSTOM_METRICS"):
+        BackendOptions.from_parameters({"REPORT_CUSTOM_METRICS": "maybe"})
+
+
+def test_gpu_device_ids(tmp_path: Path) -> None:
+    def pinned(kind: str, ids: str, visible: str = "") -> str:
+        environment = {"CUDA_VISIBLE_DEVICES": visible}
+        info = instance(tmp_path, kind)
+        pin_device(dataclasses.replace(info, parameters={"GPU_DEVICE_IDS": ids}), environment)
+        return environment["CUDA_VISIBLE_DEVICES"]
+
+    assert pinned("MODEL", " 1, 0 ") == "1,0"
+    assert pinned("MODEL", "2,0", "7,8,9") == "9,7"
+    assert pinned("MODEL", "") == ""
+    assert pinned("GPU", "3") == "0"
+    assert pinned("CPU", "3") == ""
+    for ids in ("x", "-1", "0,0", "0,00", "1,", "²"):
+        with pytest.raises(ConfigError, match="'GPU_DEVICE_IDS'"):
+            pinned("MODEL", ids)
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
+        pinned("MODEL", "2", "4,5")
 
 
 def test_backend_options() -> None:

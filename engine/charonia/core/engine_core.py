@@ -7,9 +7,12 @@ from typing import Protocol
 
 from charonia.core.scheduler import Scheduler
 from charonia.core.stats import EngineStats
-from charonia.core.step import StepPlan, StepResult
+from charonia.core.step import StepPlan, StepResult, TokenMasks
 from charonia.errors import ErrorCode
 from charonia.request import EngineRequest, TokenDelta
+
+GRAMMAR_WAIT_S = 0.002
+"""An engine that waits for nothing but grammars looks for messages so often."""
 
 
 class PendingStep(Protocol):
@@ -19,11 +22,21 @@ class PendingStep(Protocol):
         """Block until the step has run; raises what it raised."""
 
 
+class UndrawnStep(Protocol):
+    """A step that has been handed to the device but for its end, the drawing of tokens."""
+
+    def draw(self, masks: TokenMasks) -> PendingStep:
+        """Hand over the rest; must come before the next step is launched."""
+
+
 class Executor(Protocol):
     """Runs steps, in the order in which they are launched."""
 
     def launch(self, plan: StepPlan) -> PendingStep:
         """Hand a step over and return at once."""
+
+    def launch_undrawn(self, plan: StepPlan) -> UndrawnStep:
+        """As `launch`, for a plan with `constrained_rows`, up to where their masks are needed."""
 
     def shutdown(self) -> None:
         """Let launched steps end, and release the device."""
@@ -59,6 +72,8 @@ class EngineCore:
         device  ................ N ............... N+1 ............................... N+2
 
     With lookahead, step N+1 is launched before the tokens of step N are read; without, each step is read at once.
+    A step with constrained rows is launched up to its hidden states; step N is read while they are computed, and only
+    then is it known what those rows may draw.
     """
 
     def __init__(self, scheduler: Scheduler, executor: Executor, *, lookahead: int) -> None:
@@ -91,13 +106,31 @@ class EngineCore:
         now = perf_counter()
         times.schedule += now - begin
         if plan is not None:
-            begin, pending = now, self._executor.launch(plan)
-            now = perf_counter()
-            times.launch += now - begin
-            self._in_flight.append((pending, begin))
+            begin = now
+            if plan.constrained_rows:
+                now = self._launch_constrained(plan, begin)
+            else:
+                self._in_flight.append((self._executor.launch(plan), begin))
+                now = perf_counter()
+                times.launch += now - begin
+        elif not self._in_flight:
+            self._scheduler.wait_for_grammars(GRAMMAR_WAIT_S)
         if self._in_flight and (plan is None or len(self._in_flight) > self._lookahead):
             self._read(now)
         return self._scheduler.take_deltas()
+
+    def _launch_constrained(self, plan: StepPlan, begin: float) -> float:
+        """Launch, read all steps before, and let the step draw; the time at the end. begin: the time now."""
+        undrawn = self._executor.launch_undrawn(plan)
+        now = perf_counter()
+        self.times.launch += now - begin
+        while self._in_flight:
+            self._read(now)
+            now = perf_counter()
+        self._in_flight.append((undrawn.draw(self._scheduler.token_masks()), begin))
+        end = perf_counter()
+        self.times.launch += end - now
+        return end
 
     def _read(self, begin: float) -> None:
         """Wait for the oldest step in flight, and update the requests."""
@@ -121,4 +154,5 @@ class EngineCore:
     def shutdown(self) -> None:
         """Let the steps in flight end, whatever comes of them, and release the device."""
         self._in_flight.clear()
+        self._scheduler.shutdown()
         self._executor.shutdown()

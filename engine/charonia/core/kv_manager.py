@@ -55,7 +55,11 @@ class KVManager:
 
     def find_prefix(self, request: Request) -> list[int]:
         """Block ids of the longest cached prefix; at least one token is always left to compute."""
-        if not self._caching or request.data.sampling.prompt_logprobs is not None:
+        data = request.data
+        if not self._caching or data.sampling.prompt_logprobs is not None:
+            return []
+        if data.pooling is not None and data.pooling.pooling_type != "last":
+            # What is pooled has to be computed.
             return []
         self._extend_hashes(request)
         limit = (len(request.token_ids) - 1) // self._block_size

@@ -11,6 +11,9 @@ from charonia.errors import ErrorCode
 from charonia.outputs import FinishReason, TokenLogprobs
 from charonia.request import Request, RequestStatus, TokenDelta
 
+_NO_TOKEN = "no token can be sampled: the logits are not finite, or every token is excluded"
+_NOT_FINITE = "there is no embedding: the hidden states are not finite"
+
 
 class ResultReader:
     """Appends sampled tokens to their requests, ends those that are done, and gathers the deltas.
@@ -83,7 +86,7 @@ class ResultReader:
             return
         if row in result.failed_rows:
             self._kv.unpublish(request)
-            message = "no token can be sampled: the logits are not finite, or every token is excluded"
+            message = _NOT_FINITE if request.pools else _NO_TOKEN
             self.end_with_error(request, FinishReason.ERROR, message, ErrorCode.INTERNAL)
             return
         prompt_logprobs = _new_prompt_logprobs(request, start, result.prompt_logprobs.get(row))
@@ -93,16 +96,38 @@ class ResultReader:
             self._note_token(request, result.logprobs.get(row), prompt_logprobs)
         elif prompt_logprobs:
             self._deltas.append(TokenDelta(request_id=request.request_id, prompt_logprobs=prompt_logprobs))
+        elif row in result.embeddings:
+            self._note_embedding(request, result.embeddings[row])
+
+    def _note_embedding(self, request: Request, embedding: bytes) -> None:
+        """A request for an embedding has what it wants."""
+        self._deltas.append(
+            TokenDelta(
+                request_id=request.request_id,
+                finish_reason=FinishReason.STOP,
+                num_cached_tokens=request.num_cached_tokens,
+                scheduled_time=request.scheduled_time,
+                embedding=embedding,
+            )
+        )
+        self._finish(request, FinishReason.STOP)
 
     def _note_token(
         self, request: Request, logprobs: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs] | None
     ) -> None:
         """Account for the token that has just been appended."""
         stop = check_stop(request)
+        matcher = request.matcher
+        if matcher is not None and matcher.error is not None:
+            self.end_with_error(request, FinishReason.ERROR, matcher.error, ErrorCode.INVALID_ARG)
+            return
         if stop is None:
             if request.status is RequestStatus.RUNNING:
                 self._kv.publish(request)
-            request.update_from = min(request.max_num_tokens, self._kv.next_full_block(request))
+            # A matcher has to see every token.
+            request.update_from = (
+                min(request.max_num_tokens, self._kv.next_full_block(request)) if matcher is None else 0
+            )
         first = request.num_output_tokens == 1
         self._deltas.append(
             TokenDelta(

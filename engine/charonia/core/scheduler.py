@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 from charonia.config import SchedulerConfig
 from charonia.core.common_prefix import CommonPrefix
+from charonia.core.constraints import Constraints, GrammarBackend
 from charonia.core.kv_manager import KVManager
 from charonia.core.queue import RunningList, WaitingQueue
 from charonia.core.results import ResultReader
 from charonia.core.stats import EngineStats
-from charonia.core.step import BlockDelta, NewRow, StepPlan, StepResult
+from charonia.core.step import BlockDelta, NewRow, StepPlan, StepResult, TokenMasks
 from charonia.core.step_builder import Launched, StepBuilder
-from charonia.errors import ErrorCode, InvalidRequestError, QueueFullError
+from charonia.errors import CharoniaError, ErrorCode, InvalidRequestError, QueueFullError
 from charonia.outputs import FinishReason
 from charonia.request import EngineRequest, Request, RequestStatus, TokenDelta
 
@@ -34,7 +35,12 @@ class Scheduler:
     the order of the steps.
     """
 
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        clock: Callable[[], float] = time.monotonic,
+        grammars: GrammarBackend | None = None,
+    ) -> None:
         self._config = config
         self._clock = clock
         self._kv = KVManager(config)
@@ -49,22 +55,28 @@ class Scheduler:
         self._next_order = 0
         self._stats = EngineStats(kv_blocks_total=self._kv.num_usable, block_size=config.block_size)
         self._results = ResultReader(self._kv, self._stats, self._finish)
+        self._constraints = Constraints(grammars)
         self._common_prefix = CommonPrefix(self._kv, config.block_size)
 
     # ---- requests ----
 
     def add(self, data: EngineRequest) -> None:
-        """Queue a request. Raises `QueueFullError`, or `InvalidRequestError` when it can never run."""
+        """Queue a request.
+
+        Raises `QueueFullError`, or `InvalidRequestError` or `UnsupportedError` when it can never run.
+        """
         prompt_len, limit = len(data.prompt_token_ids), self._config.max_model_len
         if prompt_len < 1 or data.max_tokens < 1:
             raise InvalidRequestError("a request needs at least one prompt token and one token to generate")
-        if prompt_len + data.max_tokens > limit:
+        if prompt_len + (data.max_tokens if data.pooling is None else 0) > limit:
             raise InvalidRequestError(
                 f"prompt ({prompt_len} tokens) and max_tokens ({data.max_tokens}) exceed the context length ({limit})"
             )
         if data.request_id in self._requests:
             raise InvalidRequestError(f"request id {data.request_id} is in use")
-        if len(self._waiting) >= self._config.max_waiting_requests:
+        constraint = data.sampling.structured_outputs
+        self._constraints.check(constraint)
+        if self._num_waiting >= self._config.max_waiting_requests:
             self._stats.requests_refused += 1
             raise QueueFullError(
                 f"the waiting queue is full ({self._config.max_waiting_requests} requests); retry later"
@@ -73,7 +85,11 @@ class Scheduler:
         request.order = self._next_order
         self._next_order += 1
         self._requests[data.request_id] = request
-        self._waiting.push(request)
+        if constraint is None:
+            self._waiting.push(request)
+        else:
+            request.status = RequestStatus.COMPILING
+            self._constraints.begin(request)
         if data.deadline is not None:
             heapq.heappush(self._deadlines, (data.deadline, data.request_id))
 
@@ -84,6 +100,11 @@ class Scheduler:
         request = self._requests.get(request_id)
         if request is not None:
             self._results.end_with_error(request, FinishReason.ABORT, message, code)
+
+    @property
+    def _num_waiting(self) -> int:
+        """Those whose grammars are being compiled wait too."""
+        return len(self._waiting) + self._constraints.num_compiling
 
     @property
     def has_work(self) -> bool:
@@ -103,12 +124,12 @@ class Scheduler:
 
     def add_step_time(self, seconds: float) -> None:
         """Account for a step's time from launch to result."""
-        self._stats.step_seconds += seconds
+        self._stats.step_seconds.observe(seconds)
 
     def stats(self) -> EngineStats:
         """The current counters and gauges; the caller must not change them."""
         stats, kv = self._stats, self._kv
-        stats.num_running, stats.num_waiting = len(self._running), len(self._waiting)
+        stats.num_running, stats.num_waiting = len(self._running), self._num_waiting
         stats.kv_blocks_used = kv.num_used
         stats.prefix_cache_queries, stats.prefix_cache_hits = kv.prefix_queries, kv.prefix_hits
         return stats
@@ -119,6 +140,8 @@ class Scheduler:
         """Plan the next step; None when no request can advance before a result has come."""
         if self._deadlines:
             self._expire()
+        if self._constraints.num_compiling:
+            self._constraints.take_compiled(self._note_compiled, self._note_uncompiled)
         if self._config.policy == "priority":
             self._yield_to_priority()
         budget = self._config.max_num_batched_tokens
@@ -131,11 +154,30 @@ class Scheduler:
             return None
         self._next_step_id += 1
         freed, self._freed_rows = self._freed_rows, []
-        launched = step.finish(freed, self._common_prefix.num_blocks(step, self._running.version))
+        num_common = self._common_prefix.num_blocks(step, self._running.version)
+        launched = step.finish(freed, num_common, self._constraints.any_live)
         self._launched.append(launched)
-        self._stats.steps += 1
-        self._stats.scheduled_tokens += budget - step.budget
-        return launched.plan
+        plan = launched.plan
+        self._stats.note_step(budget - step.budget, len(plan.decode_rows) + len(plan.chunks))
+        return plan
+
+    def token_masks(self) -> TokenMasks:
+        """What the step planned last may draw in its constrained rows, once all before it have been read."""
+        return self._constraints.masks(self._launched[-1], self._note_unfollowable)
+
+    def wait_for_grammars(self, seconds: float) -> None:
+        """Wait until a grammar is compiled, at most so long; return at once if none is being compiled."""
+        self._constraints.wait(seconds)
+
+    def _note_compiled(self, request: Request) -> None:
+        request.status = RequestStatus.WAITING
+        self._waiting.push(request)
+
+    def _note_uncompiled(self, request: Request, error: CharoniaError) -> None:
+        self._results.end_with_error(request, FinishReason.ERROR, str(error), error.code)
+
+    def _note_unfollowable(self, request: Request, message: str) -> None:
+        self._results.end_with_error(request, FinishReason.ERROR, message, ErrorCode.INVALID_ARG)
 
     def _expire(self) -> None:
         now = self._clock()
@@ -198,7 +240,10 @@ class Scheduler:
         """Let the step compute `num_tokens` tokens, whose blocks are there."""
         step.advance(request, num_tokens)
         self._kv.publish(request)
-        request.schedule_from = min(request.max_num_tokens, self._kv.next_event(request))
+        # A row that never samples keeps off the hot path, even for the last token of its prompt.
+        request.schedule_from = (
+            0 if request.pools else min(request.max_num_tokens, self._kv.next_event(request))
+        )
 
     def _grow(self, request: Request, num_tokens: int, step: StepBuilder) -> list[int] | None:
         """Blocks for the request, preempting later ones if need be; None if it must wait or was preempted itself."""
@@ -243,7 +288,7 @@ class Scheduler:
             if self._overlong(step, wanted):
                 long.append(self._waiting.pop())
                 continue
-            if not self._has_room(request, prefix):
+            if not self._has_room(request, prefix) or (self._config.whole_prompts and wanted > step.budget):
                 break
             self._admit(step, self._waiting.pop(), prefix, self._chunk(step, wanted))
         skipped += self._spend_rest(step, long)
@@ -268,7 +313,7 @@ class Scheduler:
 
     def _has_room(self, request: Request, prefix: list[int]) -> bool:
         """Whether a row, and blocks for all known tokens beside the cached prefix, are free."""
-        needed = self._kv.blocks_for(len(request.token_ids) + 1) - len(prefix)
+        needed = self._kv.blocks_for(request.num_tokens_ahead) - len(prefix)
         return bool(self._free_rows) and self._kv.num_free_beside(prefix) >= needed
 
     def _yield_to_priority(self) -> None:
@@ -277,7 +322,7 @@ class Scheduler:
         if request is None or request.num_pending_tokens > 0:
             return
         prefix = self._kv.find_prefix(request)
-        needed = self._kv.blocks_for(len(request.token_ids) + 1) - len(prefix)
+        needed = self._kv.blocks_for(request.num_tokens_ahead) - len(prefix)
         while not self._has_room(request, prefix):
             victim = self._running.last
             if victim is None or victim.data.priority <= request.data.priority:
@@ -306,8 +351,9 @@ class Scheduler:
                 request.num_computed_tokens,
                 data.sampling,
                 data.seed,
-                data.stop_token_ids,
+                data.stop_token_ids if request.matcher is None else [],
                 data.bad_words,
+                data.pooling,
             )
         )
         self._move_on(step, request, num_tokens)
@@ -321,13 +367,18 @@ class Scheduler:
         self._kv.complete(result.step_id)
         self._results.read(launched, result)
 
+    def shutdown(self) -> None:
+        """End what goes on beside the step loop."""
+        self._constraints.shutdown()
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """The one way out: give back row and blocks, forget the request."""
         previous, request.status = request.status, RequestStatus.FINISHED
         if previous is RequestStatus.RUNNING:
             self._leave_row(request)
-        else:
+        elif previous is RequestStatus.WAITING:
             self._waiting.note_left()
+        self._constraints.forget(request)
         self._kv.release(request)
         del self._requests[request.request_id]
         finished = self._stats.requests_finished

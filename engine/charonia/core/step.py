@@ -1,8 +1,11 @@
 """The two messages between the scheduler and the device: what a step does, and what it brought."""
 
+from dataclasses import dataclass
+
 import msgspec
 
 from charonia.outputs import TokenLogprobs
+from charonia.pooling_params import PoolingParams
 from charonia.sampling_params import SamplingParams
 
 
@@ -12,6 +15,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     token_ids: prompt and any output so far. block_ids: its block table. num_computed_tokens: cached prefix length.
     stop_token_ids: suppressed by the sampler while fewer than `sampling.min_tokens` tokens are out.
     bad_words: token sequences whose last token is suppressed when the others have just been generated.
+    pooling: the row never samples; once its whole prompt is computed, the step brings its embedding.
     """
 
     row: int
@@ -23,6 +27,7 @@ class NewRow(msgspec.Struct, frozen=True, array_like=True):
     seed: int
     stop_token_ids: list[int]
     bad_words: list[list[int]]
+    pooling: PoolingParams | None = None
 
 
 class BlockDelta(msgspec.Struct, frozen=True, array_like=True):
@@ -45,7 +50,8 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
 
     The batch is `decode_rows`, each of which computes one token and samples the next, followed by `chunks`, which are
     all others. num_common_prefix_blocks: leading blocks that all scheduled rows share, and that were computed before
-    any token of the step; 0 for a single row.
+    any token of the step; 0 for a single row. constrained_rows: rows that sample under a grammar; their `TokenMasks`
+    are known only after the step before has been read.
     """
 
     step_id: int
@@ -55,6 +61,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     block_deltas: list[BlockDelta] = []
     freed_rows: list[int] = []
     num_common_prefix_blocks: int = 0
+    constrained_rows: list[int] = []
 
     @property
     def scheduled(self) -> list[ScheduledRequest]:
@@ -72,13 +79,26 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
         return len(self.decode_rows) + sum(chunk.samples for chunk in self.chunks)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """The tokens that a step may draw in its constrained rows.
+
+    words: [len(rows), words_per_row] uint32, little-endian: token t is allowed if bit t % 32 of word t // 32 is set.
+    """
+
+    rows: list[int]
+    words: memoryview
+    words_per_row: int
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step brought.
 
     token_ids: one sampled token for each scheduled row that samples, in the plan's order. logprobs: by row, of the
     sampled token, for rows that ask. prompt_logprobs: by row, of the prompt tokens that follow the positions computed
     in this step. failed_rows: rows whose logits were not finite; their sampled token is meaningless. device_seconds:
-    what the step took on the device, where that is measured.
+    what the step took on the device, where that is measured. embeddings: little-endian fp32 values by row, of pooling
+    rows whose prompt has been computed to its end.
     """
 
     step_id: int
@@ -87,3 +107,4 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
     failed_rows: list[int] = []
     device_seconds: float | None = None
+    embeddings: dict[int, bytes] = {}

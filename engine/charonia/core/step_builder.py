@@ -11,12 +11,14 @@ class Launched:
     """A step in flight, with the requests behind its rows.
 
     decodes: of `plan.decode_rows`. chunked: of `plan.chunks`. starts: position of each chunk's first token.
+    constrained: of `plan.constrained_rows`.
     """
 
     plan: StepPlan
     decodes: list[Request]
     chunked: list[Request]
     starts: list[int]
+    constrained: list[Request]
 
 
 class StepBuilder:
@@ -41,7 +43,7 @@ class StepBuilder:
         start = request.num_computed_tokens
         request.num_computed_tokens = end = start + num_tokens
         request.last_step_id = self.step_id
-        samples = end == request.num_tokens
+        samples = end == request.num_tokens and not request.pools
         if samples:
             request.num_tokens += 1
         if samples and num_tokens == 1:
@@ -57,10 +59,19 @@ class StepBuilder:
         """Whether the step advances the request."""
         return request.last_step_id == self.step_id
 
-    def finish(self, freed_rows: list[int], num_common_prefix_blocks: int) -> Launched:
-        """The plan, and what `update` needs to know of it."""
+    def finish(self, freed_rows: list[int], num_common_prefix_blocks: int, constrained: bool) -> Launched:
+        """The plan, and what `update` needs to know of it. constrained: whether there are matchers to look for."""
+        followers = self._constrained() if constrained else []
         plan = StepPlan(
             self.step_id, self.decode_rows, self._chunks, self.new_rows, self.block_deltas, freed_rows,
-            num_common_prefix_blocks,
+            num_common_prefix_blocks, [request.row for request in followers],
         )  # fmt: skip
-        return Launched(plan, self.decodes, self.chunked, self.starts)
+        return Launched(plan, self.decodes, self.chunked, self.starts, followers)
+
+    def _constrained(self) -> list[Request]:
+        """Requests whose next token the step draws under a grammar."""
+        followers = [request for request in self.decodes if request.matcher is not None]
+        for request, chunk in zip(self.chunked, self._chunks, strict=True):
+            if chunk.samples and request.matcher is not None:
+                followers.append(request)
+        return followers

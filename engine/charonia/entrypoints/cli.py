@@ -1,4 +1,4 @@
-"""The `charonia` command: `serve`, `demo`, `bench`, `fetch-model`."""
+"""The `charonia` command: `serve`, `demo`, `bench`, `install-backend`, `fetch-model`."""
 
 import argparse
 import importlib
@@ -13,7 +13,11 @@ from charonia.errors import CharoniaError
 _COMMANDS = {
     "serve": ("charonia.entrypoints.serve", "serve a model in NVIDIA Triton, until Ctrl-C"),
     "demo": ("charonia.entrypoints.demo", "stream a chat answer to this terminal"),
-    "bench": ("charonia.entrypoints.bench.command", "measure an engine with random token ids"),
+    "bench": ("charonia.entrypoints.bench.command", "measure an engine, or a server that runs"),
+    "install-backend": (
+        "charonia.entrypoints.install_backend",
+        'make an installed Triton serve repositories with `backend: "charonia"` or "vllm"',
+    ),
     "fetch-model": (
         "charonia.entrypoints.fetch_model",
         "prepare the embedded default model, print where it is",

@@ -1,5 +1,6 @@
 """One model made ready to be served: repository, runtime folder, and the servers that run over them."""
 
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from charonia.config import EngineConfig
+from charonia.entrypoints.ports import PortUse
 from charonia.entrypoints.processes import LaunchToken, launch_folder
 from charonia.entrypoints.repository import build_repository, check_checkpoint, check_model_name
 from charonia.entrypoints.triton_server import TritonServer
@@ -21,6 +23,8 @@ class ServeSettings:
     """A Hugging Face model directory."""
     engine: Mapping[str, object] = field(default_factory=dict)
     """Engine settings other than the model, by their names in `EngineConfig`."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of the model's `config.pbtxt`, by name."""
     model_name: str = "llm"
     instances: int = 1
     host: str = "127.0.0.1"
@@ -32,6 +36,15 @@ class ServeSettings:
     log_file: Path | None = None
     exit_timeout_s: int = 30
     verbose: bool = False
+
+    @property
+    def ports(self) -> tuple[PortUse, ...]:
+        """The server's ports."""
+        return (
+            PortUse("HTTP", self.http_port, "--http-port"),
+            PortUse("gRPC", self.grpc_port, "--grpc-port"),
+            PortUse("metrics", self.metrics_port, "--metrics-port"),
+        )
 
 
 class Deployment:
@@ -57,6 +70,7 @@ class Deployment:
             settings=self._engine,
             instances=self.settings.instances,
             runtime_dir=self.runtime_dir,
+            parameters=self.settings.parameters,
         )
         return self
 
@@ -86,8 +100,18 @@ class Deployment:
             grpc_port=settings.grpc_port,
             metrics_port=settings.metrics_port,
             host=settings.host,
-            extra_args=["--log-verbose=1"] if settings.verbose else [],
+            extra_args=[*_without_side_doors(), *(["--log-verbose=1"] if settings.verbose else [])],
             log_path=self.log_path,
             exit_timeout_s=settings.exit_timeout_s,
             server=settings.server,
         )
+
+
+def _without_side_doors() -> list[str]:
+    """The server's arguments that close its APIs which no user of a model needs.
+
+    Shared memory lets clients name regions of this machine, and the settings of traces and logs name files to write.
+    They are asked for a header with a key that nobody has. Loading models is off unless the server is told otherwise.
+    """
+    restricted = f"shared-memory,trace,logging:charonia-restricted={secrets.token_urlsafe(32)}"
+    return [f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}"]

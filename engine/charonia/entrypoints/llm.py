@@ -1,4 +1,4 @@
-"""Offline inference: `LLM(model).generate(prompts)`."""
+"""Offline inference: `LLM(model).generate(prompts)`, `LLM(model).embed(prompts)`."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -13,16 +13,18 @@ from charonia.config import EngineConfig
 from charonia.core.engine_core import StepTimes
 from charonia.core.stats import EngineStats
 from charonia.entrypoints.interrupt import deferred_interrupt
-from charonia.entrypoints.offline_batch import OfflineBatch
+from charonia.entrypoints.offline_batch import Live, OfflineBatch, Output
 from charonia.errors import EngineDeadError, InvalidRequestError
 from charonia.model_config import ModelConfig
-from charonia.outputs import RequestOutput
+from charonia.outputs import EmbeddingRequestOutput, RequestOutput
+from charonia.pooling_params import PoolingParams
 from charonia.request import EngineRequest, TokenDelta
 from charonia.sampling_params import SamplingParams
 from charonia.serving.engine_builder import build_engine
 from charonia.serving.input_processor import InputProcessor
+from charonia.serving.live_embedding import LiveEmbedding
 from charonia.serving.live_request import LiveRequest
-from charonia.serving.request import ChatInput, GenerationRequest
+from charonia.serving.request import ChatInput, EmbeddingRequest, GenerationRequest
 from charonia.text import Tokenizer
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -73,7 +75,32 @@ class LLM:
         call: the engine drops its other requests and is ready for the next call.
         """
         inputs = [_prompt_input(prompt) for prompt in _as_batch(prompts)]
-        return self._run(self._requests(inputs, sampling_params, priority), use_tqdm)
+        requests = self._requests(inputs, sampling_params, priority)
+        return cast(list[RequestOutput], self._run(requests, use_tqdm))
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt] | npt.NDArray[np.integer[Any]],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed each prompt; outputs come in the prompts' order. Prompts and errors are those of `generate`.
+
+        pooling_params: one for all, or one for each.
+        """
+        inputs = [_prompt_input(prompt) for prompt in _as_batch(prompts)]
+        if pooling_params is None or isinstance(pooling_params, PoolingParams):
+            pooling_params = [pooling_params or PoolingParams()] * len(inputs)
+        if len(pooling_params) != len(inputs):
+            raise InvalidRequestError(
+                f"pooling_params has {len(pooling_params)} entries for {len(inputs)} prompts"
+            )
+        requests = [
+            EmbeddingRequest(prompt=prompt, params=params, request_id=str(i))
+            for i, (prompt, params) in enumerate(zip(inputs, pooling_params, strict=True))
+        ]
+        return cast(list[EmbeddingRequestOutput], self._run(requests, use_tqdm))
 
     def chat(
         self,
@@ -99,7 +126,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run(self._requests(inputs, sampling_params, None), use_tqdm)
+        return cast(list[RequestOutput], self._run(self._requests(inputs, sampling_params, None), use_tqdm))
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises `InvalidRequestError` with `skip_tokenizer_init`."""
@@ -150,7 +177,7 @@ class LLM:
             return msgspec.structs.replace(params, detokenize=False)
         return params
 
-    def _run(self, requests: list[GenerationRequest], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: Sequence[GenerationRequest | EmbeddingRequest], use_tqdm: bool) -> list[Output]:
         if self._failed:
             raise EngineDeadError("the engine has failed; make a new LLM")
         prepared = [self._prepare(request) for request in requests]
@@ -171,9 +198,13 @@ class LLM:
                 self._clear(batch)
         return batch.results(live for live, _ in prepared)
 
-    def _prepare(self, request: GenerationRequest) -> tuple[LiveRequest, list[EngineRequest]]:
+    def _prepare(self, request: GenerationRequest | EmbeddingRequest) -> tuple[Live, list[EngineRequest]]:
         inputs = self._inputs
         prompt, token_ids = inputs.tokenize(request)
+        if isinstance(request, EmbeddingRequest):
+            embedding = LiveEmbedding(request, token_ids)
+            embedding.first_id, self._next_id = self._next_id, self._next_id + 1
+            return embedding, inputs.expand_embedding(request, token_ids, embedding.first_id)
         first_id, self._next_id = self._next_id, self._next_id + request.params.n
         live = LiveRequest(
             request, prompt, token_ids, inputs.optional_tokenizer, inputs.eos_token_ids, final_only=True

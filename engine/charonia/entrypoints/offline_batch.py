@@ -3,9 +3,13 @@
 from collections.abc import Iterable
 
 from charonia.core.engine_core import EngineCore
-from charonia.outputs import RequestOutput
+from charonia.outputs import EmbeddingRequestOutput, RequestOutput
 from charonia.request import EngineRequest, TokenDelta
+from charonia.serving.live_embedding import LiveEmbedding
 from charonia.serving.live_request import LiveRequest
+
+Live = LiveRequest | LiveEmbedding
+Output = RequestOutput | EmbeddingRequestOutput
 
 
 class OfflineBatch:
@@ -17,14 +21,14 @@ class OfflineBatch:
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core
-        self._by_id: dict[int, LiveRequest] = {}
+        self._by_id: dict[int, Live] = {}
         self._plain: dict[int, list[int]] = {}
         """Output token ids by engine id, of sequences whose first token has come and that need nothing else."""
-        self._results: dict[int, RequestOutput] = {}
+        self._results: dict[int, Output] = {}
         self.num_open = 0
         """Requests that have not finished."""
 
-    def add(self, live: LiveRequest, requests: Iterable[EngineRequest]) -> None:
+    def add(self, live: Live, requests: Iterable[EngineRequest]) -> None:
         """Queue a request, which shows its output only in the end, as the engine requests behind it."""
         self.num_open += 1
         for request in requests:
@@ -44,7 +48,7 @@ class OfflineBatch:
             self._push(delta)
         return before - self.num_open
 
-    def results(self, lives: Iterable[LiveRequest]) -> list[RequestOutput]:
+    def results(self, lives: Iterable[Live]) -> list[Output]:
         """The outputs of finished requests."""
         return [self._results[live.first_id] for live in lives]
 
@@ -70,7 +74,7 @@ class OfflineBatch:
             if token_ids is not None:
                 self._plain[delta.request_id] = token_ids
 
-    def _finish(self, live: LiveRequest) -> None:
+    def _finish(self, live: Live) -> None:
         output = live.take()
         assert output is not None, "a request that has finished has something to show"
         self._results[live.first_id] = output

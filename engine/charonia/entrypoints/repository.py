@@ -71,6 +71,7 @@ def build_repository(
     settings: Mapping[str, object],
     instances: int,
     runtime_dir: Path,
+    parameters: Mapping[str, str] | None = None,
     template: Path | None = None,
 ) -> Path:
     """Write a repository with one model.
@@ -81,6 +82,7 @@ def build_repository(
         settings: engine settings, for `1/model.json`.
         instances: number of model instances (frontends), all attached to one engine.
         runtime_dir: private folder for sockets and status files, as the model's parameter `runtime_dir`.
+        parameters: more of the model's parameters, by name.
         template: the packaged model where None.
 
     Returns:
@@ -90,10 +92,15 @@ def build_repository(
     model = target / model_name
     target.mkdir(parents=True)
     shutil.copytree(template, model, ignore=shutil.ignore_patterns("__pycache__", "model.json"))
-    config = (template / "config.pbtxt").read_text("utf-8")
-    (model / "config.pbtxt").write_text(
-        configure(config, model_name=model_name, instances=instances, runtime_dir=runtime_dir), "utf-8"
+    config = configure(
+        (template / "config.pbtxt").read_text("utf-8"),
+        model_name=model_name,
+        instances=instances,
+        runtime_dir=runtime_dir,
     )
+    for name, value in (parameters or {}).items():
+        config += _parameter(name, value)
+    (model / "config.pbtxt").write_text(config, "utf-8")
     (model / "1" / "model.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     return model
 
@@ -112,7 +119,12 @@ def configure(config: str, *, model_name: str, instances: int, runtime_dir: Path
     value = _quote(str(runtime_dir))
     if _RUNTIME_DIR_KEY.search(config):
         return _RUNTIME_DIR_KEY.sub(lambda match: match[1] + value, config, count=1)
-    return f'{config.rstrip()}\n\nparameters {{ key: "runtime_dir" value {{ string_value: {value} }} }}\n'
+    return f"{config.rstrip()}\n\n" + _parameter("runtime_dir", str(runtime_dir))
+
+
+def _parameter(name: str, value: str) -> str:
+    """The declaration of a model parameter."""
+    return f"parameters {{ key: {_quote(name)} value {{ string_value: {_quote(value)} }} }}\n"
 
 
 def _quote(text: str) -> str:

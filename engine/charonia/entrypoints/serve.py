@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,8 @@ from types import FrameType
 from charonia.entrypoints.deployment import Deployment, ServeSettings
 from charonia.entrypoints.engine_flags import add_engine_flags, engine_settings
 from charonia.entrypoints.fetch_model import prepare_default_model
+from charonia.entrypoints.gateway import GatewayProcess, GatewaySettings, add_gateway_flags, gateway_settings
+from charonia.entrypoints.ports import PortUse, check_ports, connect_host
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.supervisor import StopRequest, Supervised, Supervisor
 from charonia.entrypoints.triton_server import TritonServer
@@ -39,9 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--instances",
         type=positive_int,
-        default=1,
+        default=default_instances(),
         metavar="N",
-        help="frontend processes that share the one engine (default %(default)s)",
+        help="frontend processes that share the one engine (default: one for every four cores, at most 8)",
+    )
+    group.add_argument(
+        "--parameter",
+        type=_parameter,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a parameter of the model's config.pbtxt, such as REPORT_CUSTOM_METRICS=true; may be given again",
     )
     group.add_argument("--log-file", type=Path, metavar="FILE", help="append the server's log to FILE")
     group.add_argument(
@@ -58,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="time that the model may take to load (default %(default)s)",
     )
+    add_gateway_flags(parser)
     add_engine_flags(parser)
 
 
@@ -79,13 +91,69 @@ def positive_int(text: str) -> int:
     return value
 
 
+def _parameter(text: str) -> tuple[str, str]:
+    """Argparse type: NAME=VALUE."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    if name == "runtime_dir":
+        raise argparse.ArgumentTypeError("runtime_dir is chosen by charonia serve")
+    return name, value
+
+
+def default_instances() -> int:
+    """One for every four cores: a frontend keeps about one busy, the server and the clients need the others."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+
+
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal asks to stop; returns 0 then. Raises `LaunchError` where serving failed."""
     progress = Progress(sys.stderr)
     stop = StopRequest()
-    settings = ServeSettings(
+    settings = _serve_settings(options, progress)
+    wanted_gateway = gateway_settings(options, progress.say)
+    with stop_on_signals(stop), Deployment(settings) as deployment:
+        supervised = Supervised(
+            deployment.make_server, settings.model_name, settings.instances, deployment.runtime_dir
+        )
+
+        def report(line: str) -> None:
+            progress.say(f"{time.strftime('%H:%M:%S')} {line}")
+
+        supervisor = Supervisor(supervised, stop, report, ready_timeout_s=options.start_timeout)
+        gateway = _gateway(wanted_gateway, settings, deployment, report)
+
+        def on_ready(server: TritonServer) -> None:
+            if gateway is not None:
+                gateway.wait_listening()
+            took_s = progress.end()
+            print(ready_message(settings, server, took_s, gateway), flush=True)
+
+        def on_poll(server: TritonServer) -> None:
+            progress.update()
+            if gateway is not None:
+                gateway.poll(time.monotonic())
+            if settings.verbose and (text := server.log.new_text()):
+                progress.say(text.rstrip("\n"))
+
+        progress.begin(f"Loading {settings.model}")
+        try:
+            if gateway is not None:
+                gateway.start()
+            supervisor.run(on_ready, on_poll)
+        finally:
+            progress.end()
+            if gateway is not None:
+                gateway.stop()
+    progress.say("Stopped.")
+    return 0
+
+
+def _serve_settings(options: argparse.Namespace, progress: Progress) -> ServeSettings:
+    return ServeSettings(
         model=options.model or str(prepare_default_model(progress)),
         engine=engine_settings(options),
+        parameters=dict(options.parameter),
         model_name=options.model_name,
         instances=options.instances,
         host=options.host,
@@ -97,35 +165,31 @@ def run(options: argparse.Namespace) -> int:
         exit_timeout_s=options.exit_timeout,
         verbose=options.verbose,
     )
-    with stop_on_signals(stop), Deployment(settings) as deployment:
-        supervised = Supervised(
-            deployment.make_server, settings.model_name, settings.instances, deployment.runtime_dir
-        )
-
-        def report(line: str) -> None:
-            progress.say(f"{time.strftime('%H:%M:%S')} {line}")
-
-        supervisor = Supervisor(supervised, stop, report, ready_timeout_s=options.start_timeout)
-
-        def on_ready(server: TritonServer) -> None:
-            took_s = progress.end()
-            print(ready_message(settings, server, took_s), flush=True)
-
-        def on_poll(server: TritonServer) -> None:
-            progress.update()
-            if settings.verbose and (text := server.log.new_text()):
-                progress.say(text.rstrip("\n"))
-
-        progress.begin(f"Loading {settings.model}")
-        try:
-            supervisor.run(on_ready, on_poll)
-        finally:
-            progress.end()
-    progress.say("Stopped.")
-    return 0
 
 
-def ready_message(settings: ServeSettings, server: TritonServer, took_s: float) -> str:
+def _gateway(
+    wanted: GatewaySettings | None,
+    settings: ServeSettings,
+    deployment: Deployment,
+    report: Callable[[str], None],
+) -> GatewayProcess | None:
+    """The gateway, not started yet. Raises `LaunchError` for a port that it cannot have."""
+    if wanted is None:
+        return None
+    check_ports(settings.host, [*settings.ports, PortUse("gateway", wanted.port, "--gateway-port")])
+    return GatewayProcess(
+        wanted,
+        triton=f"{connect_host(settings.host)}:{settings.grpc_port}",
+        model=settings.model_name,
+        folder=deployment.folder,
+        log_path=deployment.log_path,
+        report=report,
+    )
+
+
+def ready_message(
+    settings: ServeSettings, server: TritonServer, took_s: float, gateway: GatewayProcess | None = None
+) -> str:
     """What a user needs to know once the server is ready, with a command to try."""
     address = f"http://{server.http_url}"
     url = f"{address}/v2/models/{settings.model_name}/generate_stream"
@@ -133,6 +197,11 @@ def ready_message(settings: ServeSettings, server: TritonServer, took_s: float) 
         [
             f"Ready after {took_s:.1f} s: {Path(settings.model).name} as model {settings.model_name!r}",
             f"  HTTP {address}   gRPC {server.grpc_url}   metrics http://{server.metrics_url}/metrics",
+            *(
+                []
+                if gateway is None
+                else [f"  OpenAI API {gateway.settings.url}/v1   chat {gateway.settings.url}/"]
+            ),
             "Try it:",
             f"  curl -N {url} -d {shlex.quote(json.dumps(_EXAMPLE))}",
             "Ctrl-C stops it.",

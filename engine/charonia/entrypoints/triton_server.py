@@ -4,16 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from charonia.entrypoints import exec_child
 from charonia.entrypoints.launch_error import LaunchError
 from charonia.entrypoints.ports import PortUse, check_ports, connect_host, http_status
 from charonia.entrypoints.processes import (
@@ -25,6 +21,7 @@ from charonia.entrypoints.processes import (
     remove_leftovers,
 )
 from charonia.entrypoints.server_log import ServerLog
+from charonia.entrypoints.spawn import spawn_tied
 from charonia.entrypoints.triton_binary import find_server
 
 _POLL_S = 0.1
@@ -33,6 +30,11 @@ _EXIT_MARGIN_S = 3.0
 """What a server may take beyond its exit timeout (it unloads models after it) before it is killed."""
 _LEAVE_S = 3.0
 """What stubs and the engine may take to leave by themselves once their server is gone."""
+
+
+def _thread_pool_size() -> int:
+    """Threads in which the server takes responses from the stubs: its own default of 32 is slower on few cores."""
+    return max(2, min(32, len(os.sched_getaffinity(0))))
 
 
 class TritonServer:
@@ -127,7 +129,7 @@ class TritonServer:
             command = [str(binary.path), *self._arguments(), *binary.prepare(self._folder), *self._extra_args]
             environment = binary.environment(os.environ)
             environment[LAUNCH_MARK] = str(self._token)
-            self.process = _spawn(command, environment, self.log.path)
+            self.process = spawn_tied(command, environment, self.log.path)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise
@@ -136,6 +138,7 @@ class TritonServer:
         return [
             f"--model-repository={self.repository}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,thread-pool-size={_thread_pool_size()}",
             f"--http-address={self.host}",
             f"--http-port={self.http_port}",
             f"--grpc-address={self.host}",
@@ -227,33 +230,3 @@ def describe_exit(status: int) -> str:
         return f"was ended by {signal.Signals(-status).name}"
     except ValueError:
         return f"was ended by signal {-status}"
-
-
-def _spawn(command: list[str], environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
-    """Start `command` as the leader of a new session that the kernel kills when this process ends.
-
-    For the kernel a child's parent dies with the *thread* that started it. So a thread of its own does that,
-    and lives exactly as long as the child.
-    """
-    started: Future[subprocess.Popen[bytes]] = Future()
-    helper = [sys.executable, "-I", "-S", str(exec_child.__file__), str(os.getpid())]
-
-    def keep() -> None:
-        try:
-            with log_path.open("ab") as log:
-                process = subprocess.Popen(
-                    [*helper, *command],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            started.set_exception(LaunchError(f"cannot start {command[0]}: {error}"))
-            return
-        started.set_result(process)
-        process.wait()
-
-    threading.Thread(target=keep, name="charonia-server-keeper", daemon=True).start()
-    return started.result()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import charonia_kernels as kernels
 import torch
+import torch.nn.functional as F
 
 from charonia.models.rope import cos_sin_table
 from charonia.rope_config import RopeConfig
@@ -31,6 +32,22 @@ class RMSNorm:
     def add(self, update: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Add `update [T, H]` to `residual [T, H]` in place; norm that."""
         return kernels.add_rms_norm(update, residual, self.weight, self.eps)
+
+
+class LayerNorm:
+    """Norm to mean 0 and variance 1, then scaled and shifted (Ba et al., 2016), by PyTorch's own kernel."""
+
+    __slots__ = ("bias", "eps", "weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        """Args: weight and bias: `[H]`, in the model's dtype. eps: added to the variance."""
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, H]` to `[T, H]`."""
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Linear:
@@ -95,12 +112,14 @@ class WeightBuilder:
 
     Attributes:
         slots: every tensor that the checkpoint must hold, and the aliases that it may hold.
+        passed_over: tensors that the checkpoint may hold beside those, and that nothing reads.
         num_bytes: memory of all parameters and tables.
     """
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device, max_positions: int) -> None:
         """Args: dtype and device: of the parameters. max_positions: rows of the rotary tables."""
         self.slots: list[WeightSlot] = []
+        self.passed_over: set[str] = set()
         self.num_bytes = 0
         self._dtype = dtype
         self._device = device
@@ -144,6 +163,17 @@ class WeightBuilder:
         weight = self._own(torch.ones(size, dtype=dtype, device=self._device))
         self.slots.append(WeightSlot(f"{name}.weight", weight, offset=1.0 if plus_one else 0.0))
         return RMSNorm(weight, eps)
+
+    def layer_norm(self, name: str, size: int, eps: float) -> LayerNorm:
+        """The norm `name.weight` and `name.bias`."""
+        weight = self._own(torch.ones(size, dtype=self._dtype, device=self._device))
+        bias = self._own(torch.zeros(size, dtype=self._dtype, device=self._device))
+        self.slots += [WeightSlot(f"{name}.weight", weight), WeightSlot(f"{name}.bias", bias)]
+        return LayerNorm(weight, bias, eps)
+
+    def pass_over(self, *names: str) -> None:
+        """Let the checkpoint hold tensors that the model does not use."""
+        self.passed_over.update(names)
 
     def rope(self, config: RopeConfig, head_dim: int) -> torch.Tensor:
         """The rotary table `[max_positions, head_dim]`, fp32, shared by all layers with an equal `config`."""

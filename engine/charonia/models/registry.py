@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
 from charonia.config import EngineConfig
 from charonia.model_config import ModelConfig
+from charonia.models.bert import BertEncoder, bert
 from charonia.models.decoder import CausalLM
 from charonia.models.gemma3 import gemma3
 from charonia.models.layers import WeightBuilder
@@ -23,14 +25,18 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig, WeightBuilder], CausalLM]] = {
     "Qwen3ForCausalLM": qwen3,
     "Gemma3ForCausalLM": gemma3,
 }
-"""Its keys are `charonia.model_config.SUPPORTED_ARCHITECTURES`."""
+"""Language models. The keys are, with those of `ENCODERS`, `charonia.model_config.SUPPORTED_ARCHITECTURES`."""
+
+ENCODERS: dict[str, Callable[[ModelConfig, WeightBuilder], BertEncoder]] = {"BertModel": bert}
+
+ModelT = TypeVar("ModelT", CausalLM, BertEncoder)
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(Generic[ModelT]):
     """A model with its weights in place."""
 
-    model: CausalLM
+    model: ModelT
     config: ModelConfig
     num_bytes: int
     """Memory of parameters and rotary tables."""
@@ -38,7 +44,7 @@ class LoadedModel:
 
 def load_model(
     engine: EngineConfig, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
-) -> LoadedModel:
+) -> LoadedModel[CausalLM]:
     """Build the model of `config` and fill it from `engine.model`, or randomly if the load format is `dummy`.
 
     Args:
@@ -50,14 +56,31 @@ def load_model(
     Raises:
         ModelLoadError: the checkpoint is missing, malformed, or not what its config.json says.
     """
+    return _load(ARCHITECTURES[config.architecture], engine, config, device, dtype)
+
+
+def load_encoder(
+    engine: EngineConfig, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+) -> LoadedModel[BertEncoder]:
+    """As `load_model`, for an encoder."""
+    return _load(ENCODERS[config.architecture], engine, config, device, dtype)
+
+
+def _load(
+    make: Callable[[ModelConfig, WeightBuilder], ModelT],
+    engine: EngineConfig,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> LoadedModel[ModelT]:
     weights = WeightBuilder(
         dtype=dtype, device=device, max_positions=engine.max_model_len or config.max_position
     )
-    model = ARCHITECTURES[config.architecture](config, weights)
+    model = make(config, weights)
     if engine.load_format == "dummy":
         fill_random(weights.slots, engine.seed)
     else:
-        load_safetensors(Path(engine.model), weights.slots)
+        load_safetensors(Path(engine.model), weights.slots, weights.passed_over)
     return LoadedModel(model, config, weights.num_bytes)
 
 

@@ -1,7 +1,7 @@
 """Filling parameters: from safetensors, memory-mapped and copied once, or randomly for benchmarks."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ _INDEX_FILE = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Tensors that old checkpoints store although config.json determines them."""
+_BASE_PREFIX = "model."
 _NAMED_IN_ERRORS = 4
 _SERIAL_BYTES = 32 << 20
 """Up to this size a tensor is copied by one thread: on a busy machine the slowest of a team arrives a time slice late,
@@ -23,12 +24,15 @@ _SERIAL_ELEMENTS = 32_767
 """PyTorch copies so many elements without a team of threads."""
 
 
-def load_safetensors(directory: Path, slots: Sequence[WeightSlot]) -> None:
+def load_safetensors(directory: Path, slots: Sequence[WeightSlot], passed_over: Collection[str] = ()) -> None:
     """Copy every tensor of a checkpoint from the mapped file into its slot, cast to the slot's dtype.
+
+    A checkpoint that was saved without its output head (embedding models are) may leave out the prefix `model.`.
 
     Args:
         directory: holds model.safetensors, or model.safetensors.index.json and the files that it names.
         slots: where the tensors go; each is written exactly once.
+        passed_over: names of tensors that may be there, and that nobody reads.
 
     Raises:
         ModelLoadError: no safetensors, a truncated file, or tensors missing, unexpected or of another shape
@@ -39,13 +43,13 @@ def load_safetensors(directory: Path, slots: Sequence[WeightSlot]) -> None:
     unexpected: list[str] = []
     repeats: list[tuple[WeightSlot, torch.Tensor]] = []
     for name, tensor in _tensors(directory):
-        slot = wanted.get(name)
+        slot = wanted.get(name) or wanted.get(f"{_BASE_PREFIX}{name}")
         if slot is None:
-            if not name.endswith(_DERIVED_SUFFIXES):
+            if not name.endswith(_DERIVED_SUFFIXES) and name not in passed_over:
                 unexpected.append(name)
             continue
         _check_shape(slot, tensor)
-        seen.add(name)
+        seen.add(slot.name)
         if slot.alias:
             repeats.append((slot, tensor))
         else:

@@ -5,10 +5,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -16,16 +17,19 @@ from charonia.config import EngineConfig
 from charonia.core.stats import EngineStats
 from charonia.errors import CharoniaError, ConfigError, EngineDeadError, RequestCancelledError
 from charonia.model_config import ModelConfig
-from charonia.outputs import RequestOutput
+from charonia.outputs import EmbeddingRequestOutput, RequestOutput
 from charonia.request import EngineRequest, TokenDelta
 from charonia.serving import wire
 from charonia.serving.engine_home import EngineHome
 from charonia.serving.engine_link import EngineLink, EngineLostError
 from charonia.serving.input_processor import InputProcessor
+from charonia.serving.live_embedding import LiveEmbedding
 from charonia.serving.live_request import LiveRequest
 from charonia.serving.mailbox import Mailbox
+from charonia.serving.metrics import TokenMeter
 from charonia.serving.processes import is_alive
-from charonia.serving.request import GenerationRequest, OutputSink
+from charonia.serving.request import EmbeddingRequest, GenerationRequest, OutputSink
+from charonia.serving.utility import answer_utility
 from charonia.text import Tokenizer
 
 logger = logging.getLogger("charonia.frontend")
@@ -38,7 +42,7 @@ DEFAULT_STARTUP_TIMEOUT_S = 600.0
 class RequestHandle:
     """A submitted request, for `AsyncEngine.abort`."""
 
-    live: LiveRequest
+    live: LiveRequest | LiveEmbedding
     sink: OutputSink
     engine_requests: list[EngineRequest] = field(default_factory=list)
 
@@ -86,21 +90,24 @@ class AsyncEngine:
         self._why_not_ready = "the engine is starting"
         self._closing = False
         self._stats = EngineStats()
+        self.meter = TokenMeter()
+        """Counts the tokens of this frontend's requests."""
         self._first_ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="charonia-frontend", daemon=True)
 
     @classmethod
     def attach(
         cls, config: EngineConfig, *, runtime_dir: Path, member: str = "main", owner_pid: int | None = None,
-        startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S,
+        startup_timeout_s: float = DEFAULT_STARTUP_TIMEOUT_S, engine_command: Sequence[str] = (),
     ) -> "AsyncEngine":  # fmt: skip
         """Join the engine of `runtime_dir`, or start it; returns once it is ready.
 
         runtime_dir: private directory (mode 0700; created if missing) that all frontends of the engine share.
         member: this frontend's name, unique among them. owner_pid: the process that the engine must not outlive, by
-        default this one. Raises what loading raises (`ModelLoadError`, `ConfigError`), or `EngineDeadError`.
+        default this one. engine_command: see `EngineHome`. Raises what loading raises (`ModelLoadError`,
+        `ConfigError`), or `EngineDeadError`.
         """
-        engine = cls(config, EngineHome(runtime_dir), member, owner_pid or os.getpid())
+        engine = cls(config, EngineHome(runtime_dir, engine_command), member, owner_pid or os.getpid())
         engine._thread.start()
         try:
             engine._first_ready.result(startup_timeout_s)
@@ -130,21 +137,34 @@ class AsyncEngine:
         """The engine's latest counters and gauges; at most about a second old."""
         return self._stats
 
-    def submit(self, request: GenerationRequest, sink: OutputSink) -> RequestHandle:
+    def submit(self, request: GenerationRequest | EmbeddingRequest, sink: OutputSink) -> RequestHandle:
         """Tokenise, check and queue a request; its outputs go to `sink` on the frontend's thread.
 
         Raises `InvalidRequestError`, `UnsupportedError`, or `EngineDeadError` when the engine is not ready; the sink
         is then not called. A full queue is reported to the sink, as `QueueFullError`.
         """
         self._check_ready()
-        prompt, token_ids = self._inputs.tokenize(request)
-        engine_requests = self._inputs.expand(request, token_ids)
-        live = LiveRequest(request, prompt, token_ids, self._inputs.tokenizer, self._inputs.eos_token_ids)
+        inputs = self._inputs
+        prompt, token_ids = inputs.tokenize(request)
+        live: LiveRequest | LiveEmbedding
+        if isinstance(request, EmbeddingRequest):
+            engine_requests = inputs.expand_embedding(request, token_ids)
+            live = LiveEmbedding(request, token_ids, meter=self.meter)
+        else:
+            engine_requests = inputs.expand(request, token_ids)
+            live = LiveRequest(
+                request, prompt, token_ids, inputs.tokenizer, inputs.eos_token_ids,
+                final_only=not request.stream, meter=self.meter,
+            )  # fmt: skip
         handle = RequestHandle(live, sink, engine_requests)
         with self._gate:
             self._check_ready()
             self._commands.put(_Submit(handle))
         return handle
+
+    def answer_utility(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What the frontend answers by itself: see `charonia.serving.utility`. Raises `InvalidRequestError`."""
+        return answer_utility(self._inputs, request)
 
     def abort(self, handle: RequestHandle) -> None:
         """End a request; its sink gets `RequestCancelledError`, unless it has ended already."""
@@ -152,8 +172,22 @@ class AsyncEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[RequestOutput]:
         """Stream a request's deltas. Leaving the iteration early aborts the request. Raises as `submit`."""
+        async for output in self._outputs(request):
+            if isinstance(output, RequestOutput):
+                yield output
+
+    async def embed(self, request: EmbeddingRequest) -> EmbeddingRequestOutput:
+        """Make an embedding. Cancellation aborts the request. Raises as `submit`."""
+        async for output in self._outputs(request):
+            if isinstance(output, EmbeddingRequestOutput):
+                return output
+        raise EngineDeadError("the engine sent no embedding")
+
+    async def _outputs(
+        self, request: GenerationRequest | EmbeddingRequest
+    ) -> AsyncIterator[RequestOutput | EmbeddingRequestOutput]:
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[RequestOutput | CharoniaError] = asyncio.Queue()
+        queue: asyncio.Queue[RequestOutput | EmbeddingRequestOutput | CharoniaError] = asyncio.Queue()
         handle = self.submit(request, _QueueSink(loop, queue))
         ended = False
         try:
@@ -250,6 +284,7 @@ class AsyncEngine:
     def _lose_engine(self, error: CharoniaError) -> None:
         """End every live request, those not yet sent included; none is taken from here on."""
         self._set_ready(False)
+        self.meter.forget_sequences()
         handles = {id(handle): handle for handle in self._live.values()}
         self._live.clear()
         for command in self._commands.take():
@@ -269,7 +304,9 @@ class AsyncEngine:
             for frame in frames:
                 if frame.stats is not None:
                     self._stats = frame.stats
-                self._dispatch(link, frame.deltas)
+                if frame.deltas:
+                    self.meter.note_step(frame.deltas, time.monotonic())
+                    self._dispatch(link, frame.deltas)
             for command in self._commands.take():
                 if isinstance(command, _Submit):
                     self._start(link, command.handle)
@@ -331,17 +368,19 @@ class _QueueSink:
     """Carries outputs from the frontend's thread into an asyncio queue."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[RequestOutput | CharoniaError]"
+        self,
+        loop: asyncio.AbstractEventLoop,
+        queue: "asyncio.Queue[RequestOutput | EmbeddingRequestOutput | CharoniaError]",
     ) -> None:
         self._loop = loop
         self._queue = queue
 
-    def on_output(self, output: RequestOutput) -> None:
+    def on_output(self, output: RequestOutput | EmbeddingRequestOutput) -> None:
         self._put(output)
 
     def on_error(self, error: CharoniaError) -> None:
         self._put(error)
 
-    def _put(self, item: RequestOutput | CharoniaError) -> None:
+    def _put(self, item: RequestOutput | EmbeddingRequestOutput | CharoniaError) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)

@@ -19,7 +19,7 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +35,7 @@ EngineState = Literal["starting", "ready", "draining", "failed"]
 MAX_SOCKET_PATH = 100
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 600.0
+_ENGINE_MODULE = "charonia.serving.engine_process"
 
 
 _SPAWNER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-spawner")
@@ -113,7 +114,8 @@ class EngineDir:
 class EngineHome:
     """The runtime directory of one model. Private to the user: raises `ConfigError` if it is anyone else's."""
 
-    def __init__(self, runtime_dir: Path) -> None:
+    def __init__(self, runtime_dir: Path, engine_command: Sequence[str] = ()) -> None:
+        """engine_command: starts an engine process, given its directory and owner; the engine's own by default."""
         runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = runtime_dir.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
@@ -123,6 +125,7 @@ class EngineHome:
         if len(str(runtime_dir)) > MAX_SOCKET_PATH - len("/9999/engine.sock"):
             raise ConfigError(f"runtime directory {str(runtime_dir)!r} is too long for a unix socket path")
         self.path = runtime_dir
+        self._engine_command = list(engine_command) or [python_executable(), "-m", _ENGINE_MODULE]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -198,7 +201,7 @@ class EngineHome:
         shutil.rmtree(path, ignore_errors=True)
         (path / "members").mkdir(parents=True)
         (path / "config.json").write_bytes(msgspec.json.encode(config))
-        process = _SPAWNER.submit(_spawn, path, owner_pid).result()
+        process = _SPAWNER.submit(_spawn, self._engine_command, path, owner_pid).result()
         engine = EngineDir(path)
         # Whoever joins before the engine's own first word must find it alive.
         engine.write_status(
@@ -207,8 +210,7 @@ class EngineHome:
         return engine
 
 
-def _spawn(path: Path, owner_pid: int) -> "subprocess.Popen[bytes]":
-    module = "charonia.serving.engine_process"
-    command = [python_executable(), "-m", module, str(path), "--owner-pid", str(owner_pid)]
+def _spawn(command: list[str], path: Path, owner_pid: int) -> "subprocess.Popen[bytes]":
+    arguments = [str(path), "--owner-pid", str(owner_pid)]
     # A session of its own: a Ctrl-C in the terminal is for the server, which then drains.
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command + arguments, stdin=subprocess.DEVNULL, start_new_session=True)

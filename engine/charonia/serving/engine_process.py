@@ -7,12 +7,14 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from charonia.config import EngineConfig
 from charonia.core.engine_core import EngineCore
 from charonia.errors import CharoniaError, ErrorCode
 from charonia.model_config import ModelConfig
@@ -25,6 +27,8 @@ from charonia.serving.processes import die_with_parent, open_pidfd, parent_of
 from charonia.serving.watchdog import Watchdog
 
 logger = logging.getLogger("charonia.engine")
+
+BuildEngine = Callable[[EngineConfig, ModelConfig], tuple[EngineCore, str]]
 
 STATS_INTERVAL_S = 0.25
 IDLE_POLL_MS = 1000
@@ -211,8 +215,11 @@ class EngineServer:
                 self._stopping = True
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Load the model, serve, and report failure in the status file."""
+def main(argv: list[str] | None = None, build: BuildEngine = build_engine) -> int:
+    """Load the model, serve, and report failure in the status file.
+
+    build: makes the engine and a line for the log; benchmarks have engines without a model.
+    """
     parser = argparse.ArgumentParser(description="Charonia engine process; started by its frontends.")
     parser.add_argument("directory", type=Path)
     parser.add_argument(
@@ -235,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     watchdog = Watchdog(directory, status, owner_pid=args.owner_pid, step_timeout_s=config.step_timeout_s)
     watchdog.start()
     try:
-        core, summary = build_engine(config, ModelConfig.from_dir(config.model))
+        core, summary = build(config, ModelConfig.from_dir(config.model))
         server = EngineServer(core, directory, watchdog, args.owner_pid)
     except Exception as error:
         if not isinstance(error, CharoniaError):

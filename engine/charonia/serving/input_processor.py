@@ -5,11 +5,11 @@ import time
 from collections.abc import Sequence
 
 from charonia.config import EngineConfig
-from charonia.errors import InvalidRequestError
+from charonia.errors import InvalidRequestError, UnsupportedError
 from charonia.model_config import ModelConfig
 from charonia.request import EngineRequest
 from charonia.sampling_params import SamplingParams
-from charonia.serving.request import ChatInput, GenerationRequest
+from charonia.serving.request import ChatInput, EmbeddingRequest, GenerationRequest
 from charonia.text import Tokenizer
 from charonia.text.chat import render_chat
 
@@ -30,6 +30,7 @@ class InputProcessor:
         if tokenizer is not None:
             self.eos_token_ids |= tokenizer.eos_token_ids
         self._vocab_size = model.vocab_size
+        self._model = model
         self._stop_token_ids = sorted(token for token in self.eos_token_ids if token < model.vocab_size)
         self._default_deadline_s = config.default_deadline_s
         self._random = random.Random(f"{config.seed}/{salt}")
@@ -43,9 +44,26 @@ class InputProcessor:
             )
         return self.optional_tokenizer
 
-    def tokenize(self, request: GenerationRequest) -> tuple[str | None, list[int]]:
-        """The prompt's text (None if it came as token ids) and its token ids. Raises `InvalidRequestError`."""
-        prompt = request.prompt
+    @property
+    def architecture(self) -> str:
+        """The model's architecture, by its name in config.json."""
+        return self._model.architecture
+
+    def tokenize(self, request: GenerationRequest | EmbeddingRequest) -> tuple[str | None, list[int]]:
+        """The prompt's text (None if it came as token ids) and its token ids.
+
+        Raises `InvalidRequestError`, or `UnsupportedError` for what the model does not do at all.
+        """
+        generates = isinstance(request, GenerationRequest)
+        if generates and not self._model.generates:
+            raise UnsupportedError(
+                f"this model is an encoder ({self._model.architecture}): it makes embeddings and generates no text"
+            )
+        text, token_ids = self._tokenize(request.prompt)
+        self._check_length(token_ids, generates=generates)
+        return text, token_ids
+
+    def _tokenize(self, prompt: str | Sequence[int] | ChatInput) -> tuple[str | None, list[int]]:
         if isinstance(prompt, ChatInput):
             text = render_chat(
                 self.tokenizer,
@@ -59,18 +77,25 @@ class InputProcessor:
             return text, self._encode(text, add_special_tokens=False)
         if isinstance(prompt, str):
             return prompt, self._encode(prompt, add_special_tokens=True)
-        ids = self._check_length(list(prompt))
-        self._check_ids("prompt token ids", ids)
+        ids = list(prompt)
+        if len(ids) <= self.max_model_len:
+            self._check_ids("prompt token ids", ids)
         return None, ids
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # Seconds of tokenising are not spent on a text that cannot fit, whatever its tokens are.
+        self.check_text_length(text)
+        return self._check_text_ids(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def check_text_length(self, text: str) -> None:
+        """Raise `InvalidRequestError` for a text that cannot fit into the context, whatever its tokens are.
+
+        Seconds of tokenising are not spent on it.
+        """
         if len(text) > self.max_model_len * self.tokenizer.max_chars_per_token:
             raise InvalidRequestError(
                 f"the prompt has {len(text)} characters, more than the context length of {self.max_model_len} tokens "
                 f"can hold"
             )
-        return self._check_text_ids(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def expand(
         self, request: GenerationRequest, token_ids: list[int], first_id: int = 0
@@ -106,18 +131,42 @@ class InputProcessor:
             for i in range(params.n)
         ]
 
-    def _check_length(self, token_ids: list[int]) -> list[int]:
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty")
-        if len(token_ids) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(token_ids)} tokens, which leaves no room to generate within the context length "
-                f"of {self.max_model_len}"
+    def expand_embedding(
+        self, request: EmbeddingRequest, token_ids: list[int], first_id: int = 0
+    ) -> list[EngineRequest]:
+        """The one engine request of a request for an embedding. Raises `InvalidRequestError`."""
+        now = time.monotonic()
+        timeout = request.timeout_s if request.timeout_s is not None else self._default_deadline_s
+        return [
+            EngineRequest(
+                request_id=first_id,
+                prompt_token_ids=token_ids,
+                sampling=SamplingParams(temperature=0.0),
+                seed=0,
+                max_tokens=1,
+                arrival_time=now,
+                priority=request.priority,
+                deadline=None if timeout is None else now + timeout,
+                cache_salt=request.cache_salt,
+                pooling=request.params.resolve(self._model.pooling, self._model.hidden_size),
             )
-        return token_ids
+        ]
+
+    def _check_length(self, token_ids: list[int], *, generates: bool) -> None:
+        count, limit = len(token_ids), self.max_model_len
+        if not count:
+            raise InvalidRequestError("the prompt is empty")
+        if generates and count >= limit:
+            raise InvalidRequestError(
+                f"the prompt has {count} tokens, which leaves no room to generate within the context length of {limit}"
+            )
+        if count > limit:
+            raise InvalidRequestError(
+                f"the prompt has {count} tokens, more than the context length of {limit}"
+            )
 
     def _check_text_ids(self, token_ids: list[int]) -> list[int]:
-        if max(self._check_length(token_ids)) >= self._vocab_size:
+        if max(token_ids, default=0) >= self._vocab_size:
             raise InvalidRequestError(
                 f"the prompt has a token ({max(token_ids)}) that the tokenizer knows and the model does not"
             )

@@ -5,6 +5,7 @@ import time
 from charonia.errors import CharoniaError, ErrorCode, QueueFullError, error_from_code
 from charonia.outputs import CompletionOutput, PositionLogprobs, RequestOutput, RequestTimings
 from charonia.request import TokenDelta
+from charonia.serving.metrics import TokenMeter
 from charonia.serving.request import GenerationRequest
 from charonia.text import SequenceProcessor, Tokenizer, convert_logprobs
 
@@ -21,6 +22,7 @@ class LiveRequest:
     def __init__(
         self, request: GenerationRequest, prompt: str | None, token_ids: list[int],
         tokenizer: Tokenizer | None, eos_token_ids: frozenset[int], *, final_only: bool = False,
+        meter: TokenMeter | None = None,
     ) -> None:  # fmt: skip
         self.request = request
         self.first_id = 0
@@ -29,7 +31,8 @@ class LiveRequest:
         self._prompt = prompt
         self._token_ids = token_ids
         self._tokenizer = tokenizer
-        self._arrival = time.monotonic()
+        self._meter = meter
+        self._arrival = time.monotonic() if request.arrival is None else request.arrival
         self._timings = RequestTimings()
         self._final_only = final_only
         self._open = {
@@ -116,17 +119,20 @@ class LiveRequest:
         self._aborts.extend(engine_id for engine_id in siblings if engine_id != delta.request_id)
         self._open.clear()
         self._outputs.clear()
-        code = ErrorCode(delta.error_code or ErrorCode.INTERNAL)
-        self.error = (
-            QueueFullError(delta.error)
-            if code is ErrorCode.UNAVAILABLE
-            else error_from_code(code, delta.error)
-        )
+        self.error = delta_error(delta)
 
     def _note_first(self, delta: TokenDelta) -> None:
-        if delta.token_ids and self._timings.first_token == 0.0:
-            self._timings.first_token = time.monotonic() - self._arrival
         if delta.scheduled_time is not None and self._timings.queue == 0.0:
             self._timings.queue = max(0.0, delta.scheduled_time - self._arrival)
+        if delta.token_ids and self._timings.first_token == 0.0:
+            self._timings.first_token = time.monotonic() - self._arrival
+            if self._meter is not None:
+                self._meter.note_first_token(self._timings, len(self._token_ids))
         if delta.num_cached_tokens is not None:
             self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+
+
+def delta_error(delta: TokenDelta) -> CharoniaError:
+    """The error that a delta brings."""
+    code, message = ErrorCode(delta.error_code or ErrorCode.INTERNAL), delta.error or ""
+    return QueueFullError(message) if code is ErrorCode.UNAVAILABLE else error_from_code(code, message)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from charonia.errors import CharoniaError
-from charonia.outputs import RequestOutput
+from charonia.outputs import EmbeddingRequestOutput, RequestOutput
+from charonia.pooling_params import PoolingParams
 from charonia.sampling_params import SamplingParams
 
 
@@ -25,6 +26,8 @@ class GenerationRequest:
     """One request as a client states it: a text, a list of token ids or a chat, and how to continue it.
 
     request_id: the caller's own name for it; need not be unique. priority: lower runs first. timeout_s: from now on.
+    arrival: when it reached the frontend (CLOCK_MONOTONIC, in seconds), from where its timings count; by default, when
+    it is submitted. trace_headers: W3C trace context (`traceparent`, `tracestate`) of whoever sent it.
     """
 
     prompt: str | Sequence[int] | ChatInput
@@ -33,6 +36,24 @@ class GenerationRequest:
     priority: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    stream: bool = True
+    """Whether outputs are wanted as they come; else the sink gets one, at the end."""
+    arrival: float | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingRequest:
+    """One text, or list of token ids, and how to embed it. The other fields are those of `GenerationRequest`."""
+
+    prompt: str | Sequence[int]
+    params: PoolingParams = field(default_factory=PoolingParams)
+    request_id: str = ""
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str = ""
+    arrival: float | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class OutputSink(Protocol):
@@ -41,8 +62,8 @@ class OutputSink(Protocol):
     The last call is either `on_output` with `finished` set, or `on_error`; exactly one of them, exactly once.
     """
 
-    def on_output(self, output: RequestOutput) -> None:
-        """Take a delta: `outputs` holds what is new of each sequence that has news."""
+    def on_output(self, output: RequestOutput | EmbeddingRequestOutput) -> None:
+        """Take a delta: `outputs` holds what is new of each sequence that has news. An embedding comes whole."""
 
     def on_error(self, error: CharoniaError) -> None:
         """Take the error that ended the request."""

@@ -4,7 +4,7 @@ torch.
 
 from charonia.text.chat import render_chat
 from charonia.text.detokenizer import IncrementalDetokenizer
-from charonia.text.output_processor import SequenceProcessor, convert_logprobs, merge
+from charonia.text.output_processor import SequenceProcessor, convert_logprobs
 from charonia.text.stop import StopChecker, StopMatch
 from charonia.text.tokenizer import Tokenizer
 
@@ -15,6 +15,5 @@ __all__ = [
     "StopMatch",
     "Tokenizer",
     "convert_logprobs",
-    "merge",
     "render_chat",
 ]

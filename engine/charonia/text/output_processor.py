@@ -16,6 +16,9 @@ class SequenceProcessor:
     ids always keep the stop token. When a stop string matches, only text is cut: every token up to the one
     that completed the match is kept, with its logprobs, and tokens after it are dropped, however the engine
     grouped them into deltas.
+
+    With `final_only` everything waits for the end. Unless a stop string may end the sequence before, the tokens
+    are detokenised there, at once.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class SequenceProcessor:
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
         self._final_only = final_only
+        self._deferred = final_only and self._stop is None and params.logprobs is None
+        """Whether nothing needs to be known of the tokens before the last has come."""
         self._pieces: list[str] = []
         """Text that waits for the end, with `final_only`."""
         self._finished = False
@@ -73,13 +78,14 @@ class SequenceProcessor:
         """Where nothing happens to the tokens on their way: the list that they may be appended to instead of being
         pushed. The delta that ends the sequence must be pushed. None where there is more to do.
         """
-        if self._final_only and self._detokenizer is None and self._params.logprobs is None:
-            return self._token_ids
-        return None
+        return self._token_ids if self._deferred else None
 
     def push(self, delta: TokenDelta) -> CompletionOutput | None:
         """Take in one delta of the engine. Returns what to show, or None when nothing may be shown yet."""
         if self._finished:
+            return None
+        if self._deferred and delta.finish_reason is None:
+            self._token_ids += delta.token_ids
             return None
         text = self._read(delta)
         if isinstance(text, StopMatch):
@@ -119,7 +125,8 @@ class SequenceProcessor:
     def _detokenize(self, detokenizer: IncrementalDetokenizer, delta: TokenDelta) -> str:
         if delta.finish_reason is None:
             return detokenizer.push(delta.token_ids)
-        shown = delta.token_ids[:-1] if self._hides_last_token(delta) else delta.token_ids
+        token_ids = self._token_ids if self._deferred else delta.token_ids
+        shown = token_ids[:-1] if self._hides_last_token(delta) else token_ids
         return detokenizer.push(shown) + detokenizer.flush()
 
     def _hides_last_token(self, delta: TokenDelta) -> bool:
@@ -183,18 +190,3 @@ def convert_logprobs(tokenizer: Tokenizer | None, position: TokenLogprobs) -> Po
             text = "" if tokenizer is None else tokenizer.decode_token(token_id)
             converted[token_id] = Logprob(logprob, rank, text)
     return converted
-
-
-def merge(a: CompletionOutput, b: CompletionOutput) -> CompletionOutput:
-    """Two consecutive deltas of one sequence as one, for a client that lags behind."""
-    return CompletionOutput(
-        index=a.index,
-        text=a.text + b.text,
-        token_ids=a.token_ids + b.token_ids,
-        cumulative_logprob=b.cumulative_logprob,
-        logprobs=None
-        if a.logprobs is None and b.logprobs is None
-        else (a.logprobs or []) + (b.logprobs or []),
-        finish_reason=b.finish_reason,
-        stop_reason=b.stop_reason,
-    )

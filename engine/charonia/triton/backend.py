@@ -1,12 +1,13 @@
 """One model instance inside its Python-backend stub: everything that `model.py` delegates to."""
 
+import gc
 import os
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from charonia.config import EngineConfig
 from charonia.errors import CharoniaError, EngineDeadError, ErrorCode, InvalidRequestError
 from charonia.serving.processes import return_large_blocks
 from charonia.triton.cancellation import CancellationSweeper
@@ -15,15 +16,15 @@ from charonia.triton.health import DrainGuard, ServerExit
 from charonia.triton.inputs import RawRequest
 from charonia.triton.intake import Intake
 from charonia.triton.live_request import LiveRequest
-from charonia.triton.metrics_export import FrontendCounters, MetricsExporter
 from charonia.triton.pb import PbRequest, TritonUtils
 from charonia.triton.responder import Responder
 from charonia.triton.runtime_dir import make_runtime_dir
 from charonia.triton.settings import BackendOptions, InstanceInfo, pin_device, read_engine_config
+from charonia.triton.telemetry import Telemetry, Tracer, load_tracer
 
 
 class TritonBackend:
-    """A frontend of one engine. Its threads: intake, senders, cancel sweeper, drain guard, metrics.
+    """A frontend of one engine. Its threads: intake, senders, cancel sweeper, drain guard, metrics, request log.
 
     Several instances of a model are several processes, each with one of these, on one engine.
     """
@@ -42,7 +43,8 @@ class TritonBackend:
         return_large_blocks()
         instance = InstanceInfo.from_args(args)
         options = BackendOptions.from_parameters(instance.parameters)
-        config = read_engine_config(instance, default_model)
+        config = read_engine_config(instance, default_model, utils.log_warning)
+        tracer = load_tracer(config.otlp_traces_endpoint, instance)
         pin_device(instance)
         # The stub is a child of the server.
         server_pid = os.getppid()
@@ -50,14 +52,17 @@ class TritonBackend:
             options.runtime_dir, server_pid=server_pid, model=instance.engine_identity
         )
         engine = connect(config, runtime_dir=runtime_dir, member=instance.instance_name, owner_pid=server_pid)
+        # What is alive now lives for ever: keep the collector from walking it again.
+        gc.collect()
+        gc.freeze()
         return cls(
             utils, engine, instance, options,
-            server_exit=ServerExit(server_pid), runtime_dir=runtime_dir, max_pending=config.max_waiting_requests,
+            server_exit=ServerExit(server_pid), runtime_dir=runtime_dir, config=config, tracer=tracer,
         )  # fmt: skip
 
     def __init__(
         self, utils: TritonUtils, engine: EngineClient, instance: InstanceInfo, options: BackendOptions, *,
-        server_exit: ServerExit, runtime_dir: Path, max_pending: int,
+        server_exit: ServerExit, runtime_dir: Path, config: EngineConfig, tracer: Tracer | None = None,
     ) -> None:  # fmt: skip
         self._utils = utils
         self._engine = engine
@@ -67,29 +72,26 @@ class TritonBackend:
         self._drain_timeout_s = (
             server_exit.drain_timeout_s() if options.drain_timeout_s is None else options.drain_timeout_s
         )
-        self._counters = FrontendCounters()
         self._responder = Responder(
             utils,
             num_senders=options.response_senders,
             cancel_final_delay_s=options.cancel_final_delay_ms / 1000,
             on_closed=self._on_closed,
             abort=engine.abort,
+            stream_interval=config.stream_interval,
         )
         self._intake = Intake(
             engine,
-            max_pending=max_pending,
+            max_pending=config.max_waiting_requests,
             ignored_parameters=options.ignored_request_parameters,
             on_unexpected=self._log_unexpected,
         )
         self._sweeper = CancellationSweeper(self._snapshot, self._on_cancelled, utils.log_warning)
         self._guard = DrainGuard(server_exit, self._drain_timeout_s, self._abort_all)
-        self._metrics = MetricsExporter(
-            utils,
-            self._counters,
-            engine.stats,
-            labels={"model": instance.model_name, "version": instance.model_version},
-            lock_path=runtime_dir / "metrics.lock",
-        )
+        self._telemetry = Telemetry(
+            utils, engine, instance, options,
+            lock_path=runtime_dir / "metrics.lock", with_vllm_metrics=not config.disable_log_stats, tracer=tracer,
+        )  # fmt: skip
 
     @property
     def is_ready(self) -> bool:
@@ -105,8 +107,9 @@ class TritonBackend:
                 self._live[id(live)] = live
             self._sweeper.nudge()
             try:
-                raw = RawRequest.take(request)
+                raw = RawRequest.take(request, with_trace=self._telemetry.traces)
                 live.request_id = raw.request_id
+                live.wants_error_codes = raw.wants_error_codes
                 self._intake.hand_over(raw, live)
             except InvalidRequestError as error:
                 live.on_error(error)
@@ -121,7 +124,7 @@ class TritonBackend:
         self._engine.shutdown(self._drain_timeout_s)
         self._responder.stop()
         self._sweeper.stop()
-        self._metrics.stop()
+        self._telemetry.stop()
 
     def _snapshot(self) -> list[LiveRequest]:
         with self._live_lock:
@@ -130,7 +133,8 @@ class TritonBackend:
     def _on_closed(self, request: LiveRequest, error: CharoniaError | None) -> None:
         with self._live_lock:
             self._live.pop(id(request), None)
-        self._counters.closed(request, error, time.monotonic())
+        if not request.is_utility:
+            self._telemetry.note_closed(request, error)
 
     def _on_cancelled(self, request: LiveRequest) -> None:
         handle = request.end()

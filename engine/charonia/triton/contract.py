@@ -29,6 +29,7 @@ INPUTS = (
     TensorSpec("messages", "TYPE_STRING"),
     TensorSpec("image", "TYPE_STRING", (-1,)),
     TensorSpec("embedding_request", "TYPE_STRING"),
+    TensorSpec("utility_request", "TYPE_STRING"),
     TensorSpec("stream", "TYPE_BOOL"),
     TensorSpec("sampling_parameters", "TYPE_STRING"),
     TensorSpec("exclude_input_in_output", "TYPE_BOOL"),

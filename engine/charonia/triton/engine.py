@@ -1,11 +1,13 @@
 """What the adapter needs of an engine; `charonia.serving.async_engine.AsyncEngine` is the one that it serves."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from charonia.config import EngineConfig
 from charonia.core.stats import EngineStats
-from charonia.serving.request import GenerationRequest, OutputSink
+from charonia.serving.metrics import TokenMeter
+from charonia.serving.request import EmbeddingRequest, GenerationRequest, OutputSink
 
 
 class EngineClient(Protocol):
@@ -15,8 +17,19 @@ class EngineClient(Protocol):
     def is_ready(self) -> bool:
         """Whether requests would be taken now."""
 
-    def submit(self, request: GenerationRequest, sink: OutputSink) -> Any:
+    @property
+    def max_model_len(self) -> int:
+        """The context length in tokens."""
+
+    @property
+    def meter(self) -> TokenMeter:
+        """Counts the tokens of this frontend's requests."""
+
+    def submit(self, request: GenerationRequest | EmbeddingRequest, sink: OutputSink) -> Any:
         """Tokenise, validate and queue; returns a handle for `abort`. Raises `CharoniaError`."""
+
+    def answer_utility(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer what needs no engine: tokens of a text and the like. Raises `InvalidRequestError`."""
 
     def abort(self, handle: Any) -> None:
         """End a request in whatever state it is; without effect once it has ended."""

@@ -1,7 +1,8 @@
 """From a Triton request to an engine request. Everything a client can get wrong ends in a typed error that names it."""
 
+import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ import numpy as np
 
 from charonia.errors import InvalidRequestError, UnsupportedError
 from charonia.sampling_params import SamplingParams
-from charonia.serving.request import ChatInput, GenerationRequest
+from charonia.serving.request import ChatInput, EmbeddingRequest, GenerationRequest
 from charonia.triton.contract import (
     BOOLEAN_INPUTS,
     MAX_CACHE_SALT_CHARS,
@@ -19,11 +20,18 @@ from charonia.triton.contract import (
     OPTIONAL_OUTPUTS,
     RETURN_PREFIX,
 )
+from charonia.triton.embedding_inputs import check_alone, read_embedding_input
 from charonia.triton.json_values import decode_json, decode_json_object, without_nulls
 from charonia.triton.pb import AnyArray, PbRequest
+from charonia.triton.trace_headers import server_trace, take_trace_headers
+
+ERROR_CODES_PARAMETER = "charonia_error_codes"
+"""Request parameter that asks for error messages which begin with their code, as in "[INVALID_ARG] ...": Triton sends
+the code of a model's error neither on a gRPC stream nor over HTTP."""
 
 TRANSPORT_PARAMETERS = frozenset(
     {
+        ERROR_CODES_PARAMETER,
         "binary_data_output", "classification", "id", "sequence_end", "sequence_id", "sequence_start",
         "triton_enable_empty_final_response", "triton_grpc_error",
     }
@@ -45,16 +53,27 @@ class RawRequest:
     parameters: str = "{}"
     request_id: str = ""
     timeout_us: int = 0
+    arrival: float = field(default_factory=time.monotonic)
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def wants_error_codes(self) -> bool:
+        """Whether error messages are to begin with their code."""
+        return ERROR_CODES_PARAMETER in self.parameters
 
     @classmethod
-    def take(cls, request: PbRequest) -> "RawRequest":
-        """Copy out of the stub's shared memory. Raises `InvalidRequestError` where a string is not UTF-8."""
+    def take(cls, request: PbRequest, *, with_trace: bool = False) -> "RawRequest":
+        """Copy out of the stub's shared memory. Raises `InvalidRequestError` where a string is not UTF-8.
+
+        with_trace: also the server's own trace context, if it traces the request.
+        """
         try:
             return cls(
                 inputs={tensor.name(): tensor.as_numpy() for tensor in request.inputs()},
                 parameters=request.parameters(),
                 request_id=request.request_id(),
                 timeout_us=request.timeout(),
+                trace_headers=server_trace(request) if with_trace else {},
             )
         except UnicodeDecodeError as error:
             raise InvalidRequestError(
@@ -80,9 +99,9 @@ class ResponseOptions:
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A valid request: what to generate and how to answer."""
+    """A valid request: what to generate, or to embed, and how to answer."""
 
-    generation: GenerationRequest
+    generation: GenerationRequest | EmbeddingRequest
     options: ResponseOptions
 
 
@@ -99,6 +118,7 @@ def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> 
     settings = without_nulls(parameters)
     for name in TRANSPORT_PARAMETERS.union(ignored_parameters):
         settings.pop(name, None)
+    sent_trace_headers = take_trace_headers(settings)
     flags = {name: _flag(raw.inputs, settings.pop(name, None), name) for name in BOOLEAN_INPUTS}
     if "sampling_parameters" in raw.inputs:
         text = _bytes_input(raw.inputs, "sampling_parameters", MAX_JSON_BYTES)
@@ -111,28 +131,47 @@ def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> 
         raise InvalidRequestError(
             f"'cache_salt' must be a string of at most {MAX_CACHE_SALT_CHARS} characters"
         )
+    common: dict[str, Any] = {
+        "request_id": raw.request_id,
+        "priority": priority,
+        "timeout_s": timeout_us / 1e6 if timeout_us else None,
+        "cache_salt": cache_salt,
+        "arrival": raw.arrival,
+        "trace_headers": raw.trace_headers or sent_trace_headers,
+    }
+    if "embedding_request" in raw.inputs:
+        return _embedding(raw.inputs, settings, flags, common)
     params = SamplingParams.from_mapping(settings)
     prompt = _prompt(raw.inputs)
     options = _response_options(flags, params, prompt)
     if "cumulative_logprob" in options.outputs and params.logprobs is None:
         # A running total needs the log-probability of each token taken, and of no others.
         params = msgspec.structs.replace(params, logprobs=0)
-    generation = GenerationRequest(
-        prompt=prompt,
-        params=params,
-        request_id=raw.request_id,
-        priority=priority,
-        timeout_s=timeout_us / 1e6 if timeout_us else None,
-        cache_salt=cache_salt,
+    return ParsedRequest(
+        GenerationRequest(prompt=prompt, params=params, stream=options.stream, **common), options
     )
-    return ParsedRequest(generation, options)
+
+
+def _embedding(
+    inputs: Mapping[str, AnyArray], settings: Mapping[str, Any], flags: Mapping[str, bool | None],
+    common: Mapping[str, Any],
+) -> ParsedRequest:  # fmt: skip
+    """A request for an embedding; it is answered by one response, streaming or not."""
+    text = _bytes_input(inputs, "text_input", MAX_PROMPT_BYTES) if "text_input" in inputs else b""
+    outputs = _outputs_asked(flags)
+    check_alone(inputs, text, settings, outputs)
+    given = read_embedding_input(_bytes_input(inputs, "embedding_request", MAX_JSON_BYTES))
+    request = EmbeddingRequest(prompt=given.prompt, params=given.params, **common)
+    return ParsedRequest(request, ResponseOptions(outputs=outputs))
+
+
+def _outputs_asked(flags: Mapping[str, bool | None]) -> frozenset[str]:
+    return frozenset(name for name in OPTIONAL_OUTPUTS if flags[RETURN_PREFIX + name])
 
 
 def _refuse_unsupported(inputs: Mapping[str, AnyArray]) -> None:
     if "image" in inputs:
         raise UnsupportedError("input 'image' is not supported: this model takes text only")
-    if "embedding_request" in inputs:
-        raise UnsupportedError("input 'embedding_request' is not supported: this model generates text only")
 
 
 def _response_options(
@@ -150,7 +189,7 @@ def _response_options(
     return ResponseOptions(
         stream=stream,
         echo=not stream and not exclude_input,
-        outputs=frozenset(name for name in OPTIONAL_OUTPUTS if flags[RETURN_PREFIX + name]),
+        outputs=_outputs_asked(flags),
         wants_logprobs=params.logprobs is not None,
         tokens_are_content=not params.detokenize,
     )
@@ -257,6 +296,14 @@ def _integer(value: object, name: str, low: int, high: int) -> int:
     if not low <= number <= high:
         raise InvalidRequestError(f"{name!r} must be from {low} to {high}, got {number}")
     return number
+
+
+def parse_utility(raw: RawRequest) -> dict[str, Any] | None:
+    """What a `utility_request` asks; None for other requests. Raises `InvalidRequestError`."""
+    if "utility_request" not in raw.inputs:
+        return None
+    text = _bytes_input(raw.inputs, "utility_request", MAX_PROMPT_BYTES)
+    return decode_json_object(text, "input 'utility_request'")
 
 
 def _bytes_input(inputs: Mapping[str, AnyArray], name: str, limit: int) -> bytes:

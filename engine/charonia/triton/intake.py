@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from charonia.errors import CharoniaError, EngineDeadError, QueueFullError
 from charonia.triton.engine import EngineClient
-from charonia.triton.inputs import RawRequest, parse_request
+from charonia.triton.inputs import RawRequest, parse_request, parse_utility
 from charonia.triton.live_request import LiveRequest
 
 _NUM_THREADS = 2
@@ -61,8 +61,12 @@ class Intake:
         if request.ended:
             return
         try:
+            utility = parse_utility(raw)
+            if utility is not None:
+                request.answer_utility(self._engine.answer_utility(utility))
+                return
             parsed = parse_request(raw, self._ignored_parameters)
-            request.start(parsed.options, parsed.generation.params.n)
+            request.start(parsed)
             handle = self._engine.submit(parsed.generation, request)
             if not request.attach(handle):
                 self._engine.abort(handle)

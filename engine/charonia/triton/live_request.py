@@ -2,14 +2,20 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
 from charonia.errors import CharoniaError
-from charonia.outputs import RequestOutput
-from charonia.triton.inputs import ResponseOptions
+from charonia.outputs import CompletionOutput, EmbeddingRequestOutput, FinishReason, RequestOutput
+from charonia.serving.request import EmbeddingRequest, GenerationRequest
+from charonia.triton.embedding_outputs import EmbeddingAssembler
+from charonia.triton.inputs import ParsedRequest, ResponseOptions
 from charonia.triton.outputs import ResponseAssembler
 from charonia.triton.pb import PbResponseSender
+
+Output = RequestOutput | EmbeddingRequestOutput
 
 
 class LiveRequest:
@@ -24,11 +30,15 @@ class LiveRequest:
     objects.
     """
 
-    def __init__(self, sender: PbResponseSender, wake: Callable[["LiveRequest"], None]) -> None:
-        """wake: tells the request's sender thread that mail has come."""
+    def __init__(
+        self, sender: PbResponseSender, wake: Callable[["LiveRequest"], None], stream_interval: int = 1
+    ) -> None:
+        """wake: tells the request's sender thread that mail has come. stream_interval: see `EngineConfig`."""
         self.request_id = ""
         """The client's own name for it."""
         self.arrival = time.monotonic()
+        self.wants_error_codes = False
+        """Whether error messages are to begin with their code."""
         self.wire_lock = threading.Lock()
         self.closed = False
         self.cancelled_at: float | None = None
@@ -36,14 +46,21 @@ class LiveRequest:
         self.close_scheduled = False
         """Whether a cancelled request waits to be closed; its sender thread's own note."""
         self.options = ResponseOptions()
-        self.assembler: ResponseAssembler | None = None
+        self.generation: GenerationRequest | EmbeddingRequest | None = None
+        """What it asks for; None until it has been parsed."""
+        self.assembler: ResponseAssembler | EmbeddingAssembler | None = None
         self.first_sent_at: float | None = None
+        self.is_utility = False
+        """Whether it was answered without the engine; such requests are not counted."""
         self.submitted = False
         """Whether the engine has taken the request."""
         self._sender: PbResponseSender | None = sender
         self._wake = wake
         self._lock = threading.Lock()
-        self._outputs: list[RequestOutput] = []
+        self._outputs: list[Output] = []
+        self._stream_interval = stream_interval
+        self._num_waiting_tokens = stream_interval
+        """Of each sequence, since the sender was last told. The first token finds it full."""
         self._error: CharoniaError | None = None
         self._awake = False
         self._handle: Any = None
@@ -61,11 +78,24 @@ class LiveRequest:
 
     # The engine's side.
 
-    def on_output(self, output: RequestOutput) -> None:
+    def on_output(self, output: Output) -> None:
         """Take a delta (see `OutputSink`)."""
         with self._lock:
             self._outputs.append(output)
-        self.wake_sender()
+            if self._awake or not self._is_due(output):
+                return
+            self._awake = True
+        self._wake(self)
+
+    def _is_due(self, output: Output) -> bool:
+        """Whether the sender is to be told of this output, rather than of a later one."""
+        if isinstance(output, EmbeddingRequestOutput) or output.finished or self._stream_interval == 1:
+            return True
+        self._num_waiting_tokens += max(len(sequence.token_ids) for sequence in output.outputs)
+        if self._num_waiting_tokens < self._stream_interval:
+            return False
+        self._num_waiting_tokens = 0
+        return True
 
     def on_error(self, error: CharoniaError) -> None:
         """End the request with an error; of several errors the first one counts."""
@@ -82,10 +112,21 @@ class LiveRequest:
             self._awake = True
         self._wake(self)
 
-    def start(self, options: ResponseOptions, num_sequences: int) -> None:
+    def start(self, parsed: ParsedRequest) -> None:
         """Get ready for outputs, before the request is submitted."""
-        self.options = options
-        self.assembler = ResponseAssembler(options, num_sequences)
+        self.generation, self.options = parsed.generation, parsed.options
+        if isinstance(parsed.generation, EmbeddingRequest):
+            self.assembler = EmbeddingAssembler(parsed.options)
+        else:
+            self.assembler = ResponseAssembler(parsed.options, parsed.generation.params.n)
+
+    def answer_utility(self, answer: Mapping[str, Any]) -> None:
+        """Answer with a JSON object: the request was one that needs no engine."""
+        self.is_utility = True
+        self.assembler = ResponseAssembler(self.options, 1)
+        text = msgspec.json.encode(answer).decode()
+        output = CompletionOutput(0, text, finish_reason=FinishReason.STOP)
+        self.on_output(RequestOutput(self.request_id, None, [], [output], finished=True))
 
     def attach(self, handle: Any) -> bool:
         """Remember the engine's handle. False when the request has ended meanwhile: the caller must abort it."""
@@ -103,12 +144,16 @@ class LiveRequest:
 
     # The sender thread's side.
 
-    def take_mail(self) -> tuple[list[RequestOutput], CharoniaError | None]:
+    def take_mail(self) -> tuple[list[Output], CharoniaError | None]:
         """Everything that has come since the last call; a lagging sender finds several deltas here and merges them."""
         with self._lock:
             outputs, self._outputs = self._outputs, []
             self._awake = False
             return outputs, self._error
+
+    def error_text(self, error: CharoniaError) -> str:
+        """The message of an error as the client wants it."""
+        return f"[{error.code}] {error}" if self.wants_error_codes else str(error)
 
     def send(self, response: object) -> None:
         """Send one response that is not the last. Raises what the stub raises."""

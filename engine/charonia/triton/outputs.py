@@ -1,12 +1,13 @@
 """From the engine's outputs to response tensors: deltas of one request, gathered until a response leaves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from charonia.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from charonia.outputs import CompletionOutput, EmbeddingRequestOutput, PositionLogprobs, RequestOutput
 from charonia.triton.inputs import ResponseOptions
 from charonia.triton.pb import AnyArray
 
@@ -40,8 +41,9 @@ class ResponseAssembler:
         self.num_tokens = 0
         """Tokens gathered so far, over all sequences and responses."""
 
-    def add(self, output: RequestOutput) -> None:
+    def add(self, output: RequestOutput | EmbeddingRequestOutput) -> None:
         """Take a delta."""
+        assert isinstance(output, RequestOutput)
         self._last = output
         for item in output.outputs:
             self._add_sequence(self._sequences[item.index], item)
@@ -79,7 +81,7 @@ class ResponseAssembler:
         assert self._last is not None
         echo = self._last.prompt or "" if self._options.echo else ""
         arrays: dict[str, AnyArray] = {
-            "text_output": _strings([echo + "".join(s.texts) for s in self._sequences])
+            "text_output": encode_strings([echo + "".join(s.texts) for s in self._sequences])
         }
         for name in self._options.outputs:
             arrays[name] = self._optional(name, self._last)
@@ -93,11 +95,11 @@ class ResponseAssembler:
         sequences = self._sequences
         match name:
             case "finish_reason":
-                return _strings([s.finish_reason for s in sequences])
+                return encode_strings([s.finish_reason for s in sequences])
             case "cumulative_logprob":
                 return np.array([s.cumulative_logprob for s in sequences], np.float32)
             case "logprobs":
-                return _strings([self._logprobs(s) for s in sequences])
+                return encode_strings([self._logprobs(s) for s in sequences])
             case "num_input_tokens":
                 return np.array([len(last.prompt_token_ids)], np.uint32)
             case "num_output_tokens":
@@ -105,7 +107,7 @@ class ResponseAssembler:
             case "token_ids":
                 return np.array([token for s in sequences for token in s.token_ids], np.int32)
             case "timings":
-                return _strings([_timings(last)])
+                return encode_strings([encode_timings(last)])
         raise AssertionError(f"no output named {name!r}")
 
     def _logprobs(self, sequence: _Sequence) -> bytes:
@@ -125,7 +127,7 @@ class ResponseAssembler:
         return msgspec.json.encode(positions)
 
 
-def _timings(output: RequestOutput) -> bytes:
+def encode_timings(output: RequestOutput | EmbeddingRequestOutput) -> bytes:
     """Durations in seconds since the request arrived; `total_s` is 0 until the last response."""
     return msgspec.json.encode(
         {
@@ -137,8 +139,10 @@ def _timings(output: RequestOutput) -> bytes:
     )
 
 
-def _strings(values: list[str] | list[bytes]) -> AnyArray:
+def encode_strings(values: Sequence[str | bytes]) -> AnyArray:
+    """One element a text, as bytes."""
     # An array of bytes built at once would have a fixed width and lose trailing zeros.
     array = np.empty(len(values), dtype=np.object_)
-    array[:] = [value if isinstance(value, bytes) else value.encode() for value in values]
+    for i, value in enumerate(values):
+        array[i] = value if isinstance(value, bytes) else value.encode()
     return array

@@ -35,6 +35,13 @@ class PbResponseSender(Protocol):
         """Whether the client has gone; blocks for a shared-memory round trip."""
 
 
+class PbTrace(Protocol):
+    """The server's trace of one request."""
+
+    def get_context(self) -> str | None:
+        """Its W3C trace context as a JSON object; None where the server does not trace with OpenTelemetry."""
+
+
 class PbRequest(Protocol):
     """An inference request as the stub hands it over."""
 
@@ -49,6 +56,9 @@ class PbRequest(Protocol):
 
     def timeout(self) -> int:
         """The request's timeout in microseconds, 0 for none."""
+
+    def trace(self) -> PbTrace:
+        """The server's trace of the request."""
 
     def get_response_sender(self) -> PbResponseSender:
         """The request's response sender."""

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from charonia.errors import CharoniaError, ErrorCode, RequestCancelledError
-from charonia.outputs import RequestOutput
-from charonia.triton.live_request import LiveRequest
+from charonia.triton.live_request import LiveRequest, Output
 from charonia.triton.pb import PbResponseSender, TritonUtils
 
 _CANCELLED = "the request was cancelled"
@@ -25,7 +24,7 @@ class Responder:
     cancel_final_delay_s: how long after a cancellation its FINAL goes out. Servers of release 24.10 crash now and then
     when it follows at once. The stub cannot learn the server's version, so the delay always holds; nobody waits for it.
     on_closed: called on a sender thread once a request has been closed, with the error that closed it, if any.
-    abort: ends the request in the engine.
+    abort: ends the request in the engine. stream_interval: see `EngineConfig`.
     """
 
     def __init__(
@@ -36,7 +35,9 @@ class Responder:
         cancel_final_delay_s: float,
         on_closed: Callable[[LiveRequest, CharoniaError | None], None],
         abort: Callable[[Any], None],
+        stream_interval: int = 1,
     ) -> None:
+        self._stream_interval = stream_interval
         self._senders = [
             _Sender(f"charonia-sender-{i}", utils, cancel_final_delay_s, on_closed, abort)
             for i in range(num_senders)
@@ -45,7 +46,7 @@ class Responder:
 
     def admit(self, sender: PbResponseSender) -> LiveRequest:
         """Make a request live and give it to a sender thread."""
-        return LiveRequest(sender, next(self._next_sender).wake)
+        return LiveRequest(sender, next(self._next_sender).wake, self._stream_interval)
 
     def stop(self) -> None:
         """End the threads once all that was handed to them before is out."""
@@ -116,12 +117,12 @@ class _Sender:
         if request.cancelled_at is not None:
             self._postpone(request)
         elif error is not None:
-            response = self._utils.error_response(error.code, str(error))
+            response = self._utils.error_response(error.code, request.error_text(error))
             self._close(request, response, error)
         elif outputs:
             self._send_outputs(request, outputs)
 
-    def _send_outputs(self, request: LiveRequest, outputs: list[RequestOutput]) -> None:
+    def _send_outputs(self, request: LiveRequest, outputs: list[Output]) -> None:
         assembler = request.assembler
         assert assembler is not None
         for output in outputs:

@@ -5,10 +5,13 @@ import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from charonia.config import EngineConfig
 from charonia.errors import ConfigError
+from charonia.triton.vllm_arguments import read_vllm_arguments
+
+RequestLogging = Literal["off", "summary", "full"]
 
 DEFAULT_MODEL = "default"
 """The value of `model` that stands for the embedded default model."""
@@ -61,7 +64,10 @@ class BackendOptions:
     newer than 24.10. drain_timeout_s: how long requests may go on once the server is exiting; by default what its
     --exit-timeout-secs allows. runtime_dir: private folder for sockets, instead of one under /tmp.
     ignored_request_parameters: names, separated by commas, of request parameters that are for others (forwarded
-    headers, say). Parameters with other names belong to Triton and are left alone.
+    headers, say). log_requests: a line in the server's log for each request that has ended: "off", "summary", or
+    "full", with the beginning of the prompt and the error's message. report_custom_metrics (REPORT_CUSTOM_METRICS):
+    also export the metrics of Triton's vLLM backend under their own names. Parameters with other names belong to
+    Triton and are left alone.
     """
 
     response_senders: int = 2
@@ -69,6 +75,8 @@ class BackendOptions:
     drain_timeout_s: float | None = None
     runtime_dir: Path | None = None
     ignored_request_parameters: frozenset[str] = frozenset()
+    log_requests: RequestLogging = "summary"
+    report_custom_metrics: bool = False
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> "BackendOptions":
@@ -78,7 +86,7 @@ class BackendOptions:
             text = parameters.get(name, "").strip()
             if text:
                 try:
-                    values[name] = read(text)
+                    values[name.lower()] = read(text)
                 except ValueError as error:
                     raise ConfigError(f"model parameter {name!r}: {error}, got {text!r}") from None
         return cls(**values)
@@ -107,20 +115,40 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(name.strip() for name in text.split(",") if name.strip())
 
 
+def _choice(*choices: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "yes", "false", "no"):
+        raise ValueError("must be true or false")
+    return text.lower() in ("true", "yes")
+
+
 _READERS: dict[str, Callable[[str], Any]] = {
     "response_senders": _integer(1, 64),
     "cancel_final_delay_ms": _integer(0, 60_000),
     "drain_timeout_s": _seconds,
     "runtime_dir": Path,
     "ignored_request_parameters": _names,
+    "log_requests": _choice("off", "summary", "full"),
+    "REPORT_CUSTOM_METRICS": _boolean,
 }
 
 
-def read_engine_config(instance: InstanceInfo, default_model: Callable[[], Path]) -> EngineConfig:
+def read_engine_config(
+    instance: InstanceInfo, default_model: Callable[[], Path], warn: Callable[[str], None] = lambda text: None
+) -> EngineConfig:
     """The engine's configuration from `model.json`, made to fit the kind of this instance.
 
     Relative paths count from the version directory. default_model: prepares the embedded model and returns its
-    directory. Raises `ConfigError` that names the setting.
+    directory. warn: is told of vLLM's settings that make no difference here. Raises `ConfigError` that names the
+    setting.
     """
     path = instance.version_dir / "model.json"
     try:
@@ -135,21 +163,30 @@ def read_engine_config(instance: InstanceInfo, default_model: Callable[[], Path]
         raise ConfigError(f"{path} must hold a JSON object of engine settings")
     if instance.kind == "GPU" and _world_size(values) > 1:
         raise ConfigError(
-            "KIND_GPU is for models on a single GPU; with 'tensor_parallel_size' above 1 please specify KIND_MODEL "
-            "in the instance_group of config.pbtxt"
+            "KIND_GPU is for models on a single GPU; with 'tensor_parallel_size' or 'pipeline_parallel_size' above 1 "
+            "please specify KIND_MODEL in the instance_group of config.pbtxt"
         )
-    if values.get("model") == DEFAULT_MODEL:
-        values["model"] = str(default_model())
+    arguments = read_vllm_arguments(values)
+    settings = arguments.settings
+    if settings.get("model") == DEFAULT_MODEL:
+        settings["model"] = str(default_model())
     for key in ("model", "tokenizer"):
-        if isinstance(values.get(key), str):
-            values[key] = str(instance.version_dir / values[key])
-    _fit_device(values, instance.kind)
-    return EngineConfig.from_mapping(values)
+        if isinstance(settings.get(key), str):
+            settings[key] = str(instance.version_dir / settings[key])
+    _fit_device(settings, instance.kind)
+    config = EngineConfig.from_mapping(settings)
+    for text in arguments.warnings:
+        warn(text)
+    return config
 
 
 def _world_size(values: Mapping[str, Any]) -> int:
-    size = values.get("tensor_parallel_size", 1)
-    return size if isinstance(size, int) else 1
+    """Devices that the model is to run on; a size that is no number is refused later, by its name."""
+    size = 1
+    for key in ("tensor_parallel_size", "pipeline_parallel_size"):
+        given = str(values.get(key, 1))
+        size *= int(given) if given.isdecimal() else 1
+    return size
 
 
 def _fit_device(values: dict[str, Any], kind: str) -> None:
@@ -163,15 +200,37 @@ def _fit_device(values: dict[str, Any], kind: str) -> None:
 
 
 def pin_device(instance: InstanceInfo, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have the engine process, which inherits the environment, see only the GPU that Triton gave this instance."""
-    if instance.kind != "GPU":
+    """Have the engine process, which inherits the environment, see only the GPUs that are this instance's.
+
+    Those are the one that Triton gave it (KIND_GPU), or those that the model parameter `GPU_DEVICE_IDS` lists
+    (KIND_MODEL); both count among the GPUs that the server itself sees. Raises `ConfigError`.
+    """
+    if instance.kind == "GPU":
+        device_ids = [instance.device_id]
+    elif instance.kind == "MODEL":
+        device_ids = _gpu_device_ids(instance.parameters.get("GPU_DEVICE_IDS", ""))
+    else:
         return
-    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    if visible and instance.device_id >= len(visible):
+    visible = [
+        name.strip() for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()
+    ]
+    for device_id in device_ids:
+        if visible and device_id >= len(visible):
+            raise ConfigError(
+                f"instance {instance.instance_name!r} is to run on GPU {device_id}, but CUDA_VISIBLE_DEVICES "
+                f"lists {len(visible)}"
+            )
+    if device_ids:
+        names = [visible[device_id] if visible else str(device_id) for device_id in device_ids]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+
+
+def _gpu_device_ids(text: str) -> list[int]:
+    names = [name.strip() for name in text.split(",")] if text.strip() else []
+    if not all(name.isascii() and name.isdecimal() for name in names) or len(set(map(int, names))) < len(
+        names
+    ):
         raise ConfigError(
-            f"instance {instance.instance_name!r} is to run on GPU {instance.device_id}, but CUDA_VISIBLE_DEVICES "
-            f"lists {len(visible)}"
+            f"model parameter 'GPU_DEVICE_IDS' must list different GPU numbers, separated by commas, got {text[:80]!r}"
         )
-    environment["CUDA_VISIBLE_DEVICES"] = (
-        visible[instance.device_id].strip() if visible else str(instance.device_id)
-    )
+    return [int(name) for name in names]

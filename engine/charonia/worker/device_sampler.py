@@ -6,7 +6,7 @@ import torch
 from charonia_kernels import gpu, logprobs
 from charonia_kernels.logit_rule_layout import RECORD_WORDS, RuleSet, build_rules
 
-from charonia.core.step import NewRow, StepPlan
+from charonia.core.step import NewRow, StepPlan, TokenMasks
 from charonia.worker.batch import InputBatch, StepLayout
 from charonia.worker.logprobs import SampledLogprobs, scores_sent_to_host, sent_to_host
 from charonia.worker.results import TokenOutbox
@@ -14,6 +14,7 @@ from charonia.worker.rows import RequestRows
 from charonia.worker.rule_pool import RulePool
 from charonia.worker.sampling import Draw
 from charonia.worker.sampling_mode import SamplingMode, is_penalised
+from charonia.worker.token_masks import MaskRecords
 
 _POOL_WORDS = 1 << 20
 
@@ -69,7 +70,9 @@ class DeviceSampler:
         gpu.sample(logits, batch.rows, batch.seq_lens, params, thresholds, out=out, scratch=self._scratch)
         return Draw(out.tokens, out.ok)
 
-    def draw_full(self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout) -> Draw:
+    def draw_full(
+        self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout, masks: TokenMasks | None
+    ) -> Draw:
         """As `Sampler`."""
         rows = self._rows
         changed = logits.float()
@@ -79,6 +82,11 @@ class DeviceSampler:
         records = self._records(layout)
         if records is not None:
             gpu.apply_logit_rules(changed, *state, records, self._pool.words)
+        sent = None
+        if masks is not None:
+            sent = MaskRecords.send(masks, layout.rows, self._vocab_size, rows.device)
+        if sent is not None:
+            gpu.apply_logit_rules(changed, *state, sent.records, sent.words)
         if not self._penalised.isdisjoint(layout.rows.tolist()):
             gpu.apply_penalties(changed, *state, self._counts)
         draw = self.draw(changed, batch, SamplingMode.FULL)

@@ -9,15 +9,18 @@ import torch
 from charonia_kernels import cpu as cpu_kernels
 
 from charonia.config import EngineConfig, SchedulerConfig
-from charonia.core.engine_core import PendingStep
-from charonia.core.step import StepPlan, StepResult
+from charonia.core.engine_core import PendingStep, UndrawnStep
+from charonia.core.step import StepPlan, StepResult, TokenMasks
 from charonia.model_config import ModelConfig
-from charonia.models import load_model
+from charonia.models import load_encoder, load_model
+from charonia.worker.encoder_runner import EncoderRunner
 from charonia.worker.memory import KVCacheSize
-from charonia.worker.model_runner import ModelRunner
+from charonia.worker.model_runner import ModelRunner, StartedStep
 from charonia.worker.setup import DeviceSetup, resolve
 
 logger = logging.getLogger("charonia.engine")
+
+Runner = ModelRunner | EncoderRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,34 @@ class _ThreadedStep:
 
     def wait(self) -> StepResult:
         return self.future.result()
+
+
+@dataclass(frozen=True, slots=True)
+class _StartedStep:
+    """On a GPU: the hidden states are under way."""
+
+    runner: ModelRunner
+    step: StartedStep
+
+    def draw(self, masks: TokenMasks) -> PendingStep:
+        """As `UndrawnStep`."""
+        return self.runner.finish(self.step, masks)
+
+
+@dataclass(frozen=True, slots=True)
+class _ThreadedStart:
+    """On a CPU: two tasks of one thread, which runs nothing in between."""
+
+    thread: ThreadPoolExecutor
+    runner: ModelRunner
+    started: "Future[StartedStep]"
+
+    def draw(self, masks: TokenMasks) -> PendingStep:
+        """As `UndrawnStep`."""
+        return _ThreadedStep(self.thread.submit(self._finish, masks))
+
+    def _finish(self, masks: TokenMasks) -> StepResult:
+        return self.runner.finish(self.started.result(), masks).wait()
 
 
 class InProcessExecutor:
@@ -54,6 +85,14 @@ class InProcessExecutor:
             return self._runner.execute(plan)
         return _ThreadedStep(self._thread.submit(self._run, plan))
 
+    def launch_undrawn(self, plan: StepPlan) -> UndrawnStep:
+        """As `launch`, up to where the tokens are drawn."""
+        runner = self._runner
+        assert isinstance(runner, ModelRunner), "encoders draw nothing"
+        if self._thread is None:
+            return _StartedStep(runner, runner.start(plan))
+        return _ThreadedStart(self._thread, runner, self._thread.submit(runner.start, plan))
+
     def shutdown(self) -> None:
         """Wait for launched steps, and end the thread if there is one."""
         if self._thread is not None:
@@ -70,7 +109,7 @@ class InProcessExecutor:
 
     def _load_in_thread(
         self, thread: ThreadPoolExecutor, config: EngineConfig, model_config: ModelConfig
-    ) -> tuple[ModelRunner, KVCacheSize]:
+    ) -> tuple[Runner, KVCacheSize]:
         threads = torch.get_num_threads()
         try:
             # Thread-bound state (OpenMP pools) belongs to the thread that runs steps.
@@ -86,9 +125,7 @@ class InProcessExecutor:
         return self._runner.execute(plan).wait()
 
 
-def _load(
-    config: EngineConfig, model_config: ModelConfig, setup: DeviceSetup
-) -> tuple[ModelRunner, KVCacheSize]:
+def _load(config: EngineConfig, model_config: ModelConfig, setup: DeviceSetup) -> tuple[Runner, KVCacheSize]:
     """Bring the model up, and log what each phase took."""
     phases: list[str] = []
     begin = time.perf_counter()
@@ -106,9 +143,14 @@ def _load(
         torch.set_num_threads(setup.cpu_threads if native else 1)
         cpu_kernels.warm_up(setup.dtype)
         done("CPU kernels")
-    loaded = load_model(config, model_config, device=setup.device, dtype=setup.dtype)
+    runner: Runner
+    if model_config.generates:
+        loaded = load_model(config, model_config, device=setup.device, dtype=setup.dtype)
+        runner = ModelRunner(config, model_config, setup, loaded.model)
+    else:
+        encoder = load_encoder(config, model_config, device=setup.device, dtype=setup.dtype)
+        runner = EncoderRunner(model_config, setup, encoder.model)
     done("weights")
-    runner = ModelRunner(config, model_config, setup, loaded.model)
     runner.compile_kernels()
     done("kernels")
     size = runner.allocate_cache()

@@ -1,21 +1,37 @@
 """Changes to the logits before sampling: constraints and penalties, each only for the rows that ask for it."""
 
+from collections.abc import Mapping
+
 import torch
 
 from charonia.worker.batch import SampledRow
 from charonia.worker.logit_rules import NEG_INF
 from charonia.worker.rows import RequestRows, RowState
 
+ALL_ALLOWED: Mapping[int, torch.Tensor] = {}
+"""No row follows a grammar."""
+
 
 def apply_constraints(
-    logits: torch.Tensor, rows: RequestRows, sampled: list[SampledRow], states: list[RowState]
+    logits: torch.Tensor,
+    rows: RequestRows,
+    sampled: list[SampledRow],
+    states: list[RowState],
+    allowed: Mapping[int, torch.Tensor] = ALL_ALLOWED,
 ) -> bool:
-    """Allowed tokens, bias, minimum length and bad words, in place; whether any token was excluded. [S, V] fp32."""
+    """Allowed tokens, bias, grammars, minimum length and bad words, in place; whether any token was excluded.
+
+    logits: [S, V] fp32. allowed: [V] bool by row, of those that follow a grammar.
+    """
     excluded = False
     for i, (item, state) in enumerate(zip(sampled, states, strict=True)):
         rules = state.rules
         if rules.additive is not None:
             logits[i] += rules.additive
+            excluded = True
+        mask = allowed.get(item.row)
+        if mask is not None:
+            logits[i].masked_fill_(~mask, NEG_INF)
             excluded = True
         if state.stop_token_ids and item.position - state.num_prompt < state.sampling.min_tokens:
             logits[i, state.stop_token_ids] = NEG_INF

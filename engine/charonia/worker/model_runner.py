@@ -8,7 +8,7 @@ import torch
 from charonia_kernels import allocate_plan, append_tokens, build_plan, gather_last_rows, gpu
 
 from charonia.config import EngineConfig
-from charonia.core.step import StepPlan
+from charonia.core.step import StepPlan, TokenMasks
 from charonia.model_config import ModelConfig
 from charonia.models import CausalLM
 from charonia.worker import prompt_logprobs
@@ -17,6 +17,7 @@ from charonia.worker.batch import InputBatch, StepBuffers, StepLayout
 from charonia.worker.cuda_graphs import GraphKey, GraphSizes, StepGraphs, dry_run_keys
 from charonia.worker.device_sampler import DeviceSampler
 from charonia.worker.memory import KVCacheSize, cpu_budget_bytes, gpu_budget_bytes, size_kv_cache
+from charonia.worker.pooling import PendingEmbeddings, Pooler
 from charonia.worker.results import DeviceStep, HostTokens, PendingTokens, TokenOutbox
 from charonia.worker.rows import RequestRows
 from charonia.worker.sampling import Draw, HostSampler, Sampler
@@ -38,9 +39,20 @@ def pays_to_share(layout: StepLayout) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _EagerStep:
-    draw: Draw
-    prompt_logprobs: prompt_logprobs.PromptLogprobs | None
+class StartedStep:
+    """A step of which everything but the drawing has been issued.
+
+    batch, last: what tokens are drawn from, the hidden states of each entry's last token [B, H]; None where a graph
+    has drawn them already.
+    """
+
+    step_id: int
+    layout: StepLayout
+    mode: SamplingMode
+    batch: InputBatch | None = None
+    last: torch.Tensor | None = None
+    scores: prompt_logprobs.PromptLogprobs | None = None
+    embeddings: PendingEmbeddings | None = None
 
 
 class ModelRunner:
@@ -66,6 +78,7 @@ class ModelRunner:
         )  # fmt: skip
         self._buffers = StepBuffers(self._rows, setup.max_num_batched_tokens)
         self._sampler: Sampler = HostSampler(self._rows)
+        self._pooler = Pooler(model.norm)
         self._outbox: TokenOutbox | None = None
         self._plan = allocate_plan(
             max_num_seqs, setup.max_num_batched_tokens, model_config.num_heads, model_config.num_kv_heads,
@@ -116,34 +129,51 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> DeviceStep:
         """Issue a step's device work."""
+        return self.finish(self.start(plan))
+
+    @torch.inference_mode()
+    def start(self, plan: StepPlan) -> StartedStep:
+        """Issue a step's device work up to the drawing; `finish` must come before the next step's `start`."""
         rows, graphs = self._rows, self._graphs
         if self._outbox is not None:
             self._outbox.begin()
         rows.apply(plan)
         self._sampler.apply(plan)
+        self._pooler.apply(plan)
         layout = StepLayout.of(plan, rows)
         mode = self._sampler.mode()
         scores_prompt = prompt_logprobs.wanted(layout, rows)
         shares_prefix = self._plan is not None and pays_to_share(layout)
-        key = None if graphs is None or scores_prompt else graphs.sizes.key_for(layout, mode, shares_prefix)
+        key = None
+        if graphs is not None and not scores_prompt and not self._pooler.needs_all(layout):
+            key = graphs.sizes.key_for(layout, mode, shares_prefix)
         layout.stage(rows, layout.num_entries if key is None else key.num_entries)
         rows.flush()
         if graphs is None or key is None:
-            step = self._run_eagerly(layout, mode, scores_prompt, shares_prefix)
-            return DeviceStep(
-                plan.step_id, layout, self._send(step.draw, layout), step.draw.logprobs, step.prompt_logprobs
-            )
+            return self._run_eagerly(plan.step_id, layout, mode, scores_prompt, shares_prefix)
         graphs.replay(key)
+        if key.mode is not None:
+            return StartedStep(plan.step_id, layout, mode)
+        # FULL looks at the layout's own entries; the others run in the few sizes that have been compiled.
+        padded = mode is not SamplingMode.FULL
+        entries = key.num_entries if padded else layout.num_entries
+        return StartedStep(
+            plan.step_id, layout, mode,
+            batch=self._buffers.batch(entries, key.num_tokens if padded else layout.num_tokens),
+            last=self._last_hidden[:entries],
+            embeddings=self._pooler.pool(layout, self._last_hidden, None),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def finish(self, step: StartedStep, masks: TokenMasks | None = None) -> DeviceStep:
+        """Issue the drawing of a started step. masks: for its constrained rows."""
         draw = None
-        if key.mode is None:
-            # FULL looks at the layout's own entries; the others run in the few sizes that have been compiled.
-            padded = mode is not SamplingMode.FULL
-            entries = key.num_entries if padded else layout.num_entries
-            batch = self._buffers.batch(entries, key.num_tokens if padded else layout.num_tokens)
-            draw = self._draw(self._last_hidden[:entries], batch, mode, layout)
+        if step.batch is not None and step.last is not None:
+            draw = self._draw(step.last, step.batch, step.mode, step.layout, masks)
         return DeviceStep(
-            plan.step_id, layout, self._send(draw, layout), None if draw is None else draw.logprobs, None
-        )
+            step.step_id, step.layout, self._send(draw, step.layout), None if draw is None else draw.logprobs,
+            step.scores, step.embeddings,
+        )  # fmt: skip
 
     def _send(self, draw: Draw | None, layout: StepLayout) -> PendingTokens:
         if self._outbox is not None:
@@ -154,8 +184,8 @@ class ModelRunner:
     # ---- a step's device work ----
 
     def _run_eagerly(
-        self, layout: StepLayout, mode: SamplingMode, scores_prompt: bool, shares_prefix: bool
-    ) -> _EagerStep:
+        self, step_id: int, layout: StepLayout, mode: SamplingMode, scores_prompt: bool, shares_prefix: bool
+    ) -> StartedStep:
         batch = self._buffers.batch(layout.num_entries, layout.num_tokens)
         hidden = self._forward(
             batch,
@@ -169,7 +199,8 @@ class ModelRunner:
             compute_logits = self._model.compute_logits
             scores = prompt_logprobs.PromptLogprobs.compute(layout, self._rows, hidden, compute_logits)
         last = gather_last_rows(hidden, batch.query_start_loc)
-        return _EagerStep(self._draw(last, batch, mode, layout), scores)
+        embeddings = self._pooler.pool(layout, last, hidden)
+        return StartedStep(step_id, layout, mode, batch, last, scores, embeddings)
 
     def _run_shape(self, key: GraphKey, model: CausalLM | None = None) -> None:
         """The device work of a step of the key's shape, for capture."""
@@ -185,7 +216,7 @@ class ModelRunner:
             self._last_hidden[: key.num_entries].copy_(gather_last_rows(hidden, batch.query_start_loc))
         else:
             # Each entry's last token is its only one.
-            self._draw(hidden, batch, key.mode, None)
+            self._draw(hidden, batch, key.mode, None, None)
 
     def _forward(
         self,
@@ -214,14 +245,27 @@ class ModelRunner:
         return model(batch.input_ids, batch.positions, context)
 
     def _draw(
-        self, last: torch.Tensor, batch: InputBatch, mode: SamplingMode, layout: StepLayout | None
+        self,
+        last: torch.Tensor,
+        batch: InputBatch,
+        mode: SamplingMode,
+        layout: StepLayout | None,
+        masks: TokenMasks | None,
     ) -> Draw:
         """Draw from the hidden states of each entry's last token [B, H], and feed the tokens to the next step."""
+        if layout is not None and self._outbox is None and not layout.samples.any():
+            # A step of prompts alone: no row wants logits.
+            draw = HostSampler.nothing(batch.num_entries)
+            return self._append(draw, batch)
         logits = self._model.compute_logits(last)
         if layout is not None and mode is SamplingMode.FULL:
-            draw = self._sampler.draw_full(logits, batch, layout)
+            draw = self._sampler.draw_full(logits, batch, layout, masks)
         else:
             draw = self._sampler.draw(logits, batch, mode)
+        return self._append(draw, batch)
+
+    def _append(self, draw: Draw, batch: InputBatch) -> Draw:
+        """Move the rows on, with the tokens drawn where they sample."""
         rows = self._rows
         append_tokens(
             batch.rows, batch.query_start_loc, batch.seq_lens, batch.samples, draw.tokens, rows.num_computed,
@@ -242,6 +286,7 @@ class ModelRunner:
         hidden = torch.zeros(batch.num_entries, self._model_config.hidden_size, dtype=self._setup.dtype,
                              device=self._setup.device)  # fmt: skip
         self._sampler.dry_run(self._model.compute_logits(hidden), batch)
+        self._pooler.dry_run(hidden)
 
     def _allocate_cache(self, num_blocks: int) -> KVCache:
         model, setup = self._model_config, self._setup
@@ -296,6 +341,9 @@ class ModelRunner:
         layout = StepLayout(rows, lengths, none, none, 0, int(lengths.sum()))
         layout.stage(self._rows, entries)
         self._rows.flush()
-        self._run_eagerly(layout, SamplingMode.FULL, scores_prompt=False, shares_prefix=False)
+        step = self._run_eagerly(0, layout, SamplingMode.FULL, scores_prompt=False, shares_prefix=False)
+        assert step.batch is not None, "steps without a graph leave the drawing to `finish`"
+        assert step.last is not None, "as above"
+        self._draw(step.last, step.batch, step.mode, layout, None)
         # The rows were never entered: undo what the end of a step does to them.
         self._rows.num_computed.zero_()

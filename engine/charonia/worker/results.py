@@ -8,6 +8,7 @@ import torch
 
 from charonia.core.step import StepResult
 from charonia.worker.batch import StepLayout
+from charonia.worker.pooling import PendingEmbeddings
 from charonia.worker.prompt_logprobs import PromptLogprobs
 from charonia.worker.sampling import LogprobsResult
 
@@ -98,6 +99,7 @@ class DeviceStep:
     tokens: PendingTokens
     logprobs: LogprobsResult | None
     prompt_logprobs: PromptLogprobs | None
+    embeddings: PendingEmbeddings | None = None
 
     def wait(self) -> StepResult:
         """What the step brought."""
@@ -110,6 +112,10 @@ class DeviceStep:
         if not all(ok):
             rows = layout.rows[layout.samples != 0].tolist()
             failed = [row for row, fine in zip(rows, ok, strict=True) if not fine]
+        embeddings: dict[int, bytes] = {}
+        if self.embeddings is not None:
+            embeddings, not_finite = self.embeddings.collect()
+            failed += not_finite
         return StepResult(
             self.step_id,
             tokens,
@@ -117,4 +123,5 @@ class DeviceStep:
             {} if self.prompt_logprobs is None else self.prompt_logprobs.collect(),
             failed,
             self.tokens.device_seconds(),
+            embeddings,
         )

@@ -1,5 +1,6 @@
 """From logits to tokens. A feature that no row of the batch uses costs nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from charonia_kernels import Logprobs
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import SampledRow
 from charonia.worker.logit_rules import NEG_INF
-from charonia.worker.logits import apply_constraints, apply_penalties
+from charonia.worker.logits import ALL_ALLOWED, apply_constraints, apply_penalties
 from charonia.worker.logprobs import token_logprobs
 from charonia.worker.rows import RequestRows, RowState
 
@@ -39,18 +40,23 @@ class SamplerOutput:
     logprobs: dict[int, TokenLogprobs]
 
 
-def sample(logits: torch.Tensor, rows: RequestRows, sampled: list[SampledRow]) -> SamplerOutput:
-    """Draw one token per row. logits: [S, V] in the model's dtype.
+def sample(
+    logits: torch.Tensor,
+    rows: RequestRows,
+    sampled: list[SampledRow],
+    allowed: Mapping[int, torch.Tensor] = ALL_ALLOWED,
+) -> SamplerOutput:
+    """Draw one token per row. logits: [S, V] in the model's dtype. allowed: [V] bool by row, of those under a grammar.
 
     The order of operations is vLLM's: log-probabilities are those of the unmodified logits; then bias, allowed tokens,
-    minimum length and bad words; penalties; temperature; min_p, top_k and top_p.
+    grammars, minimum length and bad words; penalties; temperature; min_p, top_k and top_p.
     """
     logits = logits.float()
     states = [rows[item.row] for item in sampled]
     usable = torch.isfinite(logits.sum(dim=-1))
     reported = [i for i, state in enumerate(states) if state.sampling.logprobs is not None]
     logprobs = torch.log_softmax(logits[reported], dim=-1) if reported else None
-    if apply_constraints(logits, rows, sampled, states):
+    if apply_constraints(logits, rows, sampled, states, allowed):
         usable &= logits.amax(dim=-1) > NEG_INF
     apply_penalties(logits, rows, sampled, states)
     tokens = _choose(logits, sampled, states)

@@ -6,12 +6,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from charonia.core.step import StepPlan
+from charonia.core.step import StepPlan, TokenMasks
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import InputBatch, StepLayout
 from charonia.worker.rows import RequestRows
 from charonia.worker.sampler import sample
 from charonia.worker.sampling_mode import SamplingMode
+from charonia.worker.token_masks import allowed_tokens
 
 
 class LogprobsResult(Protocol):
@@ -44,8 +45,10 @@ class Sampler(Protocol):
     def draw(self, logits: torch.Tensor, batch: InputBatch, mode: SamplingMode) -> Draw:
         """Draw from `logits [B, V]` without the host: PLAIN or FILTERED."""
 
-    def draw_full(self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout) -> Draw:
-        """Draw with everything that the rows ask for."""
+    def draw_full(
+        self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout, masks: TokenMasks | None
+    ) -> Draw:
+        """Draw with everything that the rows ask for. masks: of rows that follow a grammar."""
 
     def dry_run(self, logits: torch.Tensor, batch: InputBatch) -> None:
         """Launch everything that `draw_full` may launch."""
@@ -79,19 +82,27 @@ class HostSampler:
         """Never asked for."""
         raise NotImplementedError("the host's sampler draws in FULL mode only")
 
-    def draw_full(self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout) -> Draw:
+    def draw_full(
+        self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout, masks: TokenMasks | None
+    ) -> Draw:
         """As `Sampler`."""
-        tokens = torch.zeros(layout.num_entries, dtype=torch.int64, device=logits.device)
-        ok = torch.ones(layout.num_entries, dtype=torch.bool, device=logits.device)
+        nothing = self.nothing(layout.num_entries)
+        tokens, ok = nothing.tokens, nothing.ok
         sampled = layout.sampled()
         if not sampled:
-            return Draw(tokens, ok)
+            return nothing
         entries = torch.from_numpy(np.flatnonzero(layout.samples))
-        output = sample(logits[entries], self._rows, sampled)
+        allowed = {} if masks is None else allowed_tokens(masks, logits.shape[-1])
+        output = sample(logits[entries], self._rows, sampled, allowed)
         tokens[entries] = output.tokens
         ok[entries] = output.usable
         by_row = {sampled[i].row: entry for i, entry in output.logprobs.items()}
         return Draw(tokens, ok, KnownLogprobs(by_row))
+
+    @staticmethod
+    def nothing(num_entries: int) -> Draw:
+        """The draw of a step in which no entry samples."""
+        return Draw(torch.zeros(num_entries, dtype=torch.int64), torch.ones(num_entries, dtype=torch.bool))
 
     def dry_run(self, logits: torch.Tensor, batch: InputBatch) -> None:
         """There is nothing to compile."""

@@ -34,6 +34,7 @@ def mode_of(new: NewRow) -> SamplingMode:
         or sampling.allowed_token_ids is not None
         or bool(new.bad_words)
         or (bool(new.stop_token_ids) and sampling.min_tokens > 0)
+        or sampling.structured_outputs is not None
     )
     if is_penalised(sampling) or constrained or sampling.logprobs is not None:
         return SamplingMode.FULL

@@ -32,10 +32,15 @@ class DeviceSetup:
     max_num_seqs: int
     max_num_batched_tokens: int
     cpu_threads: int
+    whole_prompts: bool = False
+    """The model is an encoder: each prompt is computed in one step, and takes one block of its own."""
 
     def scheduler_config(self, config: EngineConfig, num_blocks: int) -> SchedulerConfig:
         """The scheduler's limits, for a KV cache of `num_blocks` blocks."""
         threshold = config.long_prefill_token_threshold or max(1, self.max_num_batched_tokens // 4)
+        if self.whole_prompts:
+            # Nothing decodes that a prompt could hold up.
+            threshold = self.max_num_batched_tokens
         return SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -46,8 +51,9 @@ class DeviceSetup:
             max_long_partial_prefills=config.max_long_partial_prefills,
             max_waiting_requests=config.max_waiting_requests,
             policy=config.scheduling_policy,
-            enable_prefix_caching=config.enable_prefix_caching,
+            enable_prefix_caching=config.enable_prefix_caching and not self.whole_prompts,
             lookahead=1 if config.async_scheduling else 0,
+            whole_prompts=self.whole_prompts,
         )
 
 
@@ -64,18 +70,26 @@ def resolve(config: EngineConfig, model: ModelConfig) -> DeviceSetup:
             f"engine setting 'max_model_len' ({max_model_len}) exceeds the context length ({model.max_position})"
         )
     budget = config.max_num_batched_tokens or max(
-        config.max_num_seqs, _CPU_TOKEN_BUDGET if device.type == "cpu" else _GPU_TOKEN_BUDGET
+        config.max_num_seqs,
+        _CPU_TOKEN_BUDGET if device.type == "cpu" else _GPU_TOKEN_BUDGET,
+        0 if model.generates else max_model_len,
     )
+    if not model.generates and budget < max_model_len:
+        raise ConfigError(
+            f"engine setting 'max_num_batched_tokens' ({budget}) must be at least max_model_len ({max_model_len}): "
+            f"an encoder computes each prompt in one step"
+        )
     dtype = resolve_dtype(config, model, device)
     return DeviceSetup(
         device=device,
         dtype=dtype,
         kv_dtype=_resolve_kv_dtype(config, dtype, device),
-        block_size=_resolve_block_size(config, device),
+        block_size=_resolve_block_size(config, device) if model.generates else max_model_len,
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=budget,
         cpu_threads=config.cpu_threads or len(os.sched_getaffinity(0)),
+        whole_prompts=not model.generates,
     )
 
 

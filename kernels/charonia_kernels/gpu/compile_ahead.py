@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from triton.compiler import CompiledKernel
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
 from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
@@ -38,11 +39,17 @@ class ForkingExecutor(Executor):
         self._num_processes = num_processes
         self._finish = finish
         self._calls: list[tuple[Call, Future[Any]]] = []
+        self.is_long = False
+        """Whether what is submitted next takes long. Such calls come first, lest one of them is begun last."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
         """As `Executor`, but nothing runs before `run`."""
         future: Future[Any] = Future()
-        self._calls.append((lambda: fn(*args, **kwargs), future))
+        call = (lambda: fn(*args, **kwargs), future)
+        if self.is_long:
+            self._calls.insert(0, call)
+        else:
+            self._calls.append(call)
         return future
 
     def run(self) -> None:
@@ -110,6 +117,8 @@ def compile_only(num_processes: int) -> Iterator[None]:
     run = JITFunction.run
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        # A kernel that specialises warps takes seconds, any other a fraction of one.
+        executor.is_long = isinstance(self, GluonJITFunction)
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     executor = ForkingExecutor(num_processes, _build_launcher)

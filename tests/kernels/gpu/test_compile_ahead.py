@@ -60,3 +60,13 @@ def test_what_fails_in_a_child_raises_in_the_parent(tmp_path: Path) -> None:
         bad.result()
     assert good.result() == os.getpid()
     assert len((tmp_path / "tries").read_text().split()) == 2
+
+
+def test_long_calls_come_first(tmp_path: Path) -> None:
+    executor = ForkingExecutor(1, lambda _: None)
+    order = []
+    for name, is_long in (("a", False), ("b", True), ("c", False)):
+        executor.is_long = is_long
+        executor.submit(order.append, name)
+    executor.run()
+    assert order == ["b", "a", "c"]

@@ -16,7 +16,7 @@ def positive_int(text: str) -> int:
     return value
 
 
-def add_length_flags(parser: argparse.ArgumentParser, *, input_len: int, output_len: int) -> None:
+def add_length_flags(parser: "argparse._ActionsContainer", *, input_len: int, output_len: int) -> None:
     """Declare `--input-len` and `--output-len`."""
     parser.add_argument(
         "--input-len", type=positive_int, default=input_len, metavar="N", help="(default %(default)s)"

@@ -10,7 +10,7 @@ from typing import Any
 from charonia.config import EngineConfig, SchedulerConfig
 from charonia.core.engine_core import EngineCore, StepTimes
 from charonia.core.scheduler import Scheduler
-from charonia.core.step import StepPlan, StepResult
+from charonia.core.step import StepPlan, StepResult, TokenMasks
 from charonia.entrypoints.bench.prompts import exactly, positive_int, random_prompts
 from charonia.entrypoints.offline_batch import OfflineBatch
 from charonia.errors import ConfigError
@@ -69,6 +69,10 @@ class InstantExecutor:
         """The step has run already."""
         return _Instant(StepResult(plan.step_id, [1] * plan.num_sampled))
 
+    def launch_undrawn(self, plan: StepPlan) -> "_Instant":
+        """As `launch`: no mask changes what is drawn."""
+        return self.launch(plan)
+
     def shutdown(self) -> None:
         """Nothing to release."""
 
@@ -79,6 +83,9 @@ class _Instant:
 
     def wait(self) -> StepResult:
         return self.result
+
+    def draw(self, masks: TokenMasks) -> "_Instant":
+        return self
 
 
 def measure(model: str, settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
