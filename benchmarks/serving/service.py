@@ -1,0 +1,114 @@
+"""A real Triton server for a benchmark, load for it, and what its processes spend."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from charonia.entrypoints.repository import build_repository, find_template
+from charonia.entrypoints.triton_server import TritonServer
+
+_HOST = "127.0.0.1"
+_TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    sockets = [socket.create_server((_HOST, 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@contextmanager
+def served(
+    root: Path,
+    settings: Mapping[str, object],
+    *,
+    instances: int,
+    senders: int = 2,
+    server_args: str = "",
+    change_model: Callable[[str], str] = str,
+    ready_s: float = 120.0,
+) -> Iterator[TritonServer]:
+    """A ready server of the model `llm`.
+
+    root: an empty folder. settings: of the engine. senders: sender threads of an instance. change_model: the text of
+    `1/model.py` to that which is served.
+    """
+    template = root / "template"
+    shutil.copytree(find_template(), template, ignore=shutil.ignore_patterns("__pycache__"))
+    model, config = template / "1" / "model.py", template / "config.pbtxt"
+    model.write_text(change_model(model.read_text()))
+    parameter = f'parameters {{ key: "response_senders" value {{ string_value: "{senders}" }} }}'
+    config.write_text(f"{config.read_text()}\n{parameter}\n")
+    (root / "run").mkdir(mode=0o700)
+    build_repository(
+        root / "repository", model_name="llm", settings=settings, instances=instances,
+        runtime_dir=root / "run", template=template,
+    )  # fmt: skip
+    http, grpc, metrics = free_ports(3)
+    server = TritonServer(
+        root / "repository",
+        http_port=http,
+        grpc_port=grpc,
+        metrics_port=metrics,
+        extra_args=server_args.split(),
+    )
+    server.start()
+    try:
+        server.wait_ready(ready_s)
+        yield server
+    finally:
+        server.stop()
+
+
+def bench_serve(root: Path, server: TritonServer, *arguments: object) -> list[dict[str, Any]]:
+    """The runs of a `charonia bench serve` over gRPC, as its JSON has them."""
+    report = root / "report.json"
+    command = [str(Path(sys.executable).with_name("charonia"))]
+    if not Path(command[0]).exists():
+        command = [sys.executable, "-m", "charonia.entrypoints.cli"]
+    command += ["bench", "serve", "--url", f"grpc://{server.grpc_url}", "--json", str(report)]
+    run = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"bench serve failed: {run.stdout[-1000:]} {run.stderr[-2000:]}")
+    runs: list[dict[str, Any]] = json.loads(report.read_text())["runs"]
+    return runs
+
+
+def processor_us(server: TritonServer) -> dict[str, float]:
+    """Processor time so far, in microseconds, of the server, its stubs and the engine."""
+    assert server.process is not None
+    spent: dict[str, float] = {}
+    for pid, command, us in _processes():
+        if pid == server.process.pid:
+            kind = "server"
+        elif "--owner-pid" in command and str(server.repository.parent) in command:
+            kind = "engine"
+        elif server.shm_prefix in command:
+            kind = "stubs"
+        else:
+            continue
+        spent[kind] = spent.get(kind, 0.0) + us
+    return spent
+
+
+def _processes() -> Iterator[tuple[int, str, float]]:
+    """Pid, command line and processor time of every process that may be looked at."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        yield int(entry.name), command, (int(fields[11]) + int(fields[12])) * _TICK_US
