@@ -8,6 +8,7 @@ HTTP_PORT    ?= 8000
 GRPC_PORT    ?= 8001
 METRICS_PORT ?= 8002
 GATEWAY_PORT ?= 9000
+TEST_WORKERS ?= 2
 ARGS         ?=
 
 BIN := .venv/bin
@@ -25,6 +26,7 @@ help: ## List the targets and the settings
 	@echo '  TORCH_INDEX=url        an extra package index that has the torch build to use, such as the CPU-only ones'
 	@echo '  MODEL=directory        serve: a Hugging Face model directory (default: SmolLM2-135M-Instruct)'
 	@echo '  HTTP_PORT=$(HTTP_PORT) GRPC_PORT=$(GRPC_PORT) METRICS_PORT=$(METRICS_PORT) GATEWAY_PORT=$(GATEWAY_PORT)   where the server listens (demo: HTTP_PORT alone)'
+	@echo '  TEST_WORKERS=$(TEST_WORKERS)         test: processes that share the test files'
 	@echo '  ARGS="..."             serve, demo, test, bench: further arguments of the command'
 
 setup: ## Make or update .venv (at once when nothing changed)
@@ -41,7 +43,7 @@ demo: model ## Stream a chat answer to the terminal, starting the server when no
 	@exec $(BIN)/charonia demo --http-port $(HTTP_PORT) $(ARGS)
 
 test: model ## Run the tests (ARGS="-k scheduler" for some of them)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 browser: setup ## Fetch a headless Chromium for the tests of the chat page (190 MB in ~/.cache/charonia)
 	@$(BIN)/python tools/fetch_browser.py

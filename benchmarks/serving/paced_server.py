@@ -4,14 +4,15 @@
     charonia bench serve --url 127.0.0.1:18200 --concurrency 1 16 64 256 --input-len 32 --output-len 200 --json FILE
 
 Answers Triton's gRPC streams, and over HTTP/1.1 generate_stream, /v1/completions and /v1/chat/completions: every step,
-one token for each request in flight, from bytes made beforehand. It has no flow control and checks nothing.
+one token for each request in flight, from bytes made beforehand. A gateway may stand in between
+(`charonia-client gateway --triton 127.0.0.1:18200`), to measure what that costs. It has no flow control and checks nothing.
 """
 
 import argparse
 import asyncio
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import hpack
@@ -22,14 +23,23 @@ _PREFACE = 24
 _REQUEST_HEAD = b"\r\n\r\n"
 
 
-def grpc_message(request_id: str, final: bool) -> bytes:
-    """A response with one token, framed for gRPC."""
+def string(text: str) -> bytes:
+    """An element of a BYTES tensor."""
+    data = text.encode()
+    return struct.pack("<I", len(data)) + data
+
+
+def grpc_message(request_id: str, wanted: Container[str], final: bool, text: str = TEXT) -> bytes:
+    """A response with one token, framed for gRPC. wanted: the inputs, whose flags ask for outputs."""
     response = service_pb2.ModelInferResponse(model_name="llm", model_version="1", id=request_id)
-    text = TEXT.encode()
     for name, datatype, data in (
-        ("text_output", "BYTES", struct.pack("<I", len(text)) + text),
+        ("text_output", "BYTES", string(text)),
+        ("finish_reason", "BYTES", string("length" if final else "None")),
+        ("num_input_tokens", "UINT32", struct.pack("<I", 32)),
         ("num_output_tokens", "UINT32", struct.pack("<I", 1)),
     ):
+        if name != "text_output" and f"return_{name}" not in wanted:
+            continue
         response.outputs.add(name=name, datatype=datatype, shape=[1])
         response.raw_output_contents.append(data)
     response.parameters["triton_final_response"].bool_param = final
@@ -137,8 +147,13 @@ class Connection(asyncio.Protocol):
         inputs = {
             each.name: data for each, data in zip(request.inputs, request.raw_input_contents, strict=True)
         }
+        if "utility_request" in inputs:  # a gateway's question about the model
+            self._transport.write(frame(0, 0, stream_id, grpc_message(request.id, (), True, "{}")))
+            return
         count = json.loads(inputs["sampling_parameters"][4:])["max_tokens"]
-        one, last = (frame(0, 0, stream_id, grpc_message(request.id, final)) for final in (False, True))
+        one, last = (
+            frame(0, 0, stream_id, grpc_message(request.id, inputs, final)) for final in (False, True)
+        )
         self._running[stream_id, request.id] = [count, one, last]
 
     def _take_http1(self) -> None:

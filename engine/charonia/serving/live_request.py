@@ -16,7 +16,8 @@ class LiveRequest:
     Call `push` for each delta, then `take` for what may be shown; `finished` and `error` tell how it stands. Engine
     requests that are to be ended early (a stop string matched, a sibling failed) are listed by `take_aborts`.
 
-    With `final_only`, `take` shows nothing until every sequence has ended, and then everything at once.
+    With `final_only`, `take` shows nothing until every sequence has ended, and then everything at once. Otherwise the
+    first output waits for the log-probabilities of the whole prompt, if they are asked for.
     """
 
     def __init__(
@@ -59,6 +60,12 @@ class LiveRequest:
         """Whether every sequence has ended, or an error has ended them all."""
         return not self._open
 
+    @property
+    def _lacks_prompt_logprobs(self) -> bool:
+        """They come with sequence 0, which may be behind its siblings."""
+        known = self._prompt_logprobs
+        return known is not None and len(known) < len(self._token_ids)
+
     def plain_token_ids(self, engine_id: int) -> list[int] | None:
         """As `SequenceProcessor.plain_token_ids`, once the first token of the sequence has been pushed."""
         sequence = self._open.get(engine_id - self.first_id)
@@ -92,7 +99,7 @@ class LiveRequest:
 
     def take(self) -> RequestOutput | None:
         """What is new and may be shown, or None."""
-        if not self._outputs or (self._final_only and self._open):
+        if not self._outputs or (self._open and (self._final_only or self._lacks_prompt_logprobs)):
             return None
         outputs, self._outputs = self._outputs, []
         if self._final_only:

@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 
 class Tokenize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A text or a chat to tokenise. add_special_tokens: by default for a text, not for a chat."""
+    """A text or a chat to tokenise. add_special_tokens: by default for a text, not for a chat.
+
+    return_token_strs: the tokens as the vocabulary spells them. return_token_texts: as log-probabilities show them.
+    """
 
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
@@ -28,12 +31,14 @@ class Tokenize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
+    return_token_texts: bool = False
 
 
 class Detokenize(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Token ids to turn into text, special tokens spelt out."""
+    """Token ids to turn into text, special tokens spelt out. return_token_texts: also each token by itself."""
 
     tokens: list[int]
+    return_token_texts: bool = False
 
 
 class AskModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,14 +91,20 @@ def _tokenize(inputs: InputProcessor, asked: Tokenize) -> dict[str, Any]:
     answer: dict[str, Any] = {"tokens": token_ids, "max_model_len": inputs.max_model_len, "prompt": text}
     if asked.return_token_strs:
         answer["token_strs"] = [tokenizer.token_to_str(token_id) or "" for token_id in token_ids]
+    if asked.return_token_texts:
+        answer["token_texts"] = list(map(tokenizer.decode_token, token_ids))
     return answer
 
 
 def _detokenize(inputs: InputProcessor, asked: Detokenize) -> dict[str, Any]:
     if len(asked.tokens) > MAX_TOKENS:
         raise InvalidRequestError(f"input 'utility_request': tokens must be at most {MAX_TOKENS}")
-    inputs.tokenizer.validate_ids(asked.tokens, "tokens")
-    return {"prompt": inputs.tokenizer.decode(asked.tokens, skip_special_tokens=False)}
+    tokenizer = inputs.tokenizer
+    tokenizer.validate_ids(asked.tokens, "tokens")
+    answer: dict[str, Any] = {"prompt": tokenizer.decode(asked.tokens, skip_special_tokens=False)}
+    if asked.return_token_texts:
+        answer["token_texts"] = list(map(tokenizer.decode_token, asked.tokens))
+    return answer
 
 
 def _model_info(inputs: InputProcessor) -> dict[str, Any]:

@@ -40,6 +40,8 @@ INPUTS = (
     TensorSpec("return_num_output_tokens", "TYPE_BOOL"),
     TensorSpec("return_token_ids", "TYPE_BOOL"),
     TensorSpec("return_timings", "TYPE_BOOL"),
+    TensorSpec("return_prompt_logprobs", "TYPE_BOOL"),
+    TensorSpec("return_stop_reason", "TYPE_BOOL"),
 )
 
 OUTPUTS = (
@@ -51,6 +53,8 @@ OUTPUTS = (
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,)),
     TensorSpec("token_ids", "TYPE_INT32", (-1,)),
     TensorSpec("timings", "TYPE_STRING"),
+    TensorSpec("prompt_logprobs", "TYPE_STRING"),
+    TensorSpec("stop_reason", "TYPE_STRING", (-1,)),
 )
 
 BOOLEAN_INPUTS = frozenset(spec.name for spec in INPUTS if spec.data_type == "TYPE_BOOL")

@@ -17,26 +17,29 @@ _LOWEST_LOGPROB = -9999.0
 
 @dataclass(slots=True)
 class _Sequence:
-    """What has gathered of one sequence since the last response; the last two outlive it."""
+    """What has gathered of one sequence since the last response; the last three outlive it."""
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: str = "None"
+    stop_reason: int | str | None = None
 
 
 class ResponseAssembler:
     """Gathers a request's deltas and turns what has gathered into output tensors. Not thread-safe.
 
-    Every array but `num_input_tokens`, `token_ids` and `timings` has one element per sequence, in order; `token_ids`
-    holds the sequences one after the other, `num_output_tokens` tells how many ids each has.
+    Every array but `num_input_tokens`, `token_ids`, `timings` and `prompt_logprobs` has one element per sequence, in
+    order; `token_ids` holds the sequences one after the other, `num_output_tokens` tells how many ids each has.
+    `prompt_logprobs` is in the first response and "null" in all others.
     """
 
     def __init__(self, options: ResponseOptions, num_sequences: int) -> None:
         self._options = options
         self._sequences = [_Sequence() for _ in range(num_sequences)]
         self._last: RequestOutput | None = None
+        self._told_prompt_logprobs = False
         self.num_sequences = num_sequences
         self.num_tokens = 0
         """Tokens gathered so far, over all sequences and responses."""
@@ -58,6 +61,7 @@ class ResponseAssembler:
         sequence.cumulative_logprob = item.cumulative_logprob
         if item.finish_reason is not None:
             sequence.finish_reason = item.finish_reason.value
+            sequence.stop_reason = item.stop_reason
 
     @property
     def last(self) -> RequestOutput | None:
@@ -108,23 +112,36 @@ class ResponseAssembler:
                 return np.array([token for s in sequences for token in s.token_ids], np.int32)
             case "timings":
                 return encode_strings([encode_timings(last)])
+            case "prompt_logprobs":
+                return encode_strings([self._prompt_logprobs(last)])
+            case "stop_reason":
+                return encode_strings([msgspec.json.encode(s.stop_reason) for s in sequences])
         raise AssertionError(f"no output named {name!r}")
 
     def _logprobs(self, sequence: _Sequence) -> bytes:
-        if not self._options.wants_logprobs:
+        return _encode_positions(sequence.logprobs) if self._options.wants_logprobs else b"null"
+
+    def _prompt_logprobs(self, last: RequestOutput) -> bytes:
+        if last.prompt_logprobs is None or self._told_prompt_logprobs:
             return b"null"
-        positions: list[dict[str, dict[str, Any]]] = [
-            {
-                str(token_id): {
-                    "logprob": max(entry.logprob, _LOWEST_LOGPROB),
-                    "rank": entry.rank,
-                    "decoded_token": entry.decoded_token,
-                }
-                for token_id, entry in position.items()
-            }
-            for position in sequence.logprobs
-        ]
-        return msgspec.json.encode(positions)
+        self._told_prompt_logprobs = True
+        return _encode_positions(last.prompt_logprobs)
+
+
+def _encode_positions(positions: Sequence[PositionLogprobs | None]) -> bytes:
+    """A JSON list of objects by token id; null for a position that nothing predicts."""
+    return msgspec.json.encode([None if found is None else _by_token(found) for found in positions])
+
+
+def _by_token(position: PositionLogprobs) -> dict[str, dict[str, Any]]:
+    return {
+        str(token_id): {
+            "logprob": max(entry.logprob, _LOWEST_LOGPROB),
+            "rank": entry.rank,
+            "decoded_token": entry.decoded_token,
+        }
+        for token_id, entry in position.items()
+    }
 
 
 def encode_timings(output: RequestOutput | EmbeddingRequestOutput) -> bytes:
