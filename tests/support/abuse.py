@@ -164,6 +164,7 @@ async def http_canary(target: Target, rng: random.Random) -> None:
     canary = rng.choice(target.canaries)
     body = {"text_input": canary.prompt, "return_token_ids": True, **_greedy(canary)}
     answer = (await target.http.post(GENERATE, json=body)).json()
+    assert "error" not in answer, answer
     assert (answer["token_ids"], answer["text_output"]) == (canary.token_ids, canary.prompt + canary.text)
 
 
@@ -171,7 +172,9 @@ async def http_canary(target: Target, rng: random.Random) -> None:
 async def sse_canary(target: Target, rng: random.Random) -> None:
     canary = rng.choice(target.canaries)
     body = {"text_input": canary.prompt, "stream": True, **_greedy(canary)}
-    events = (await target.http.post(STREAM, json=body)).text.split("\n\n")
+    answer = (await target.http.post(STREAM, json=body)).text
+    assert '"error"' not in answer, answer[-500:]
+    events = answer.split("\n\n")
     assert "".join(json.loads(event[6:])["text_output"] for event in events if event) == canary.text
 
 
@@ -210,7 +213,7 @@ async def grpc_cancel(target: Target, rng: random.Random) -> None:
         await asyncio.wait([asyncio.ensure_future(call.read())], timeout=rng.random() * 0.05)
     for _ in range(count):
         answer = await call.read()
-        assert not answer.error_message
+        assert not answer.error_message, answer.error_message
     call.cancel()
 
 
@@ -241,7 +244,7 @@ async def slow_reader(target: Target, rng: random.Random) -> None:
         await asyncio.sleep(rng.random() * 0.02)
     writer.close()
     head, _, answer = b"".join(pieces).partition(b"\r\n\r\n")
-    assert b" 200 " in head.splitlines()[0], head[:200]
+    assert b" 200 " in head.splitlines()[0], answer[:300]
     events = re.findall(rb"^data: (.*)$", answer, re.MULTILINE)
     assert "".join(json.loads(event)["text_output"] for event in events) == canary.text
 
@@ -250,7 +253,8 @@ async def slow_reader(target: Target, rng: random.Random) -> None:
 async def time_limit(target: Target, rng: random.Random) -> None:
     request = text_message("Hello", LONG, parameters={"timeout": rng.choice([1, 10_000, 50_000])})
     answers = await converse(target, [request])
-    assert any("deadline" in answer.error_message for answer in answers)
+    texts = [answer.error_message for answer in answers]
+    assert any("deadline" in text for text in texts), texts
 
 
 # ---- wrong ----
