@@ -57,6 +57,16 @@ class Endpoint:
             return f"{'https' if self.secure else 'http'}://{self.authority}"
         return f"grpcs://{self.authority}" if self.secure else self.authority
 
+    @property
+    def host(self) -> str:
+        """The host alone, without brackets."""
+        return self.authority.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port."""
+        return int(self.authority.rpartition(":")[2])
+
 
 def _authority(rest: str, text: str, default_port: int) -> str:
     parts = urlsplit(f"//{rest.rstrip('/')}")

@@ -1,6 +1,7 @@
 """Requests and responses as messages of Triton's gRPC protocol. Tensors travel as raw little-endian bytes."""
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from tritonclient.grpc import service_pb2
@@ -48,12 +49,13 @@ def decode(message: Any, request: GenerateRequest, *, url: str) -> ModelResponse
     if message.error_message:
         raise from_message(message.error_message, url=url, model=request.model)
     response = message.infer_response
-    if not response.outputs:
+    tensors = response.outputs
+    if not tensors:
         return None
     try:
         outputs = {
-            tensor.name: _values(tensor.datatype, data)
-            for tensor, data in zip(response.outputs, response.raw_output_contents, strict=True)
+            tensor.name: _READERS[tensor.datatype](data)
+            for tensor, data in zip(tensors, response.raw_output_contents, strict=True)
         }
     except (ValueError, KeyError, struct.error) as error:
         message = f"the server sent a tensor that cannot be read: {error!r}"
@@ -70,15 +72,23 @@ def _tensor(value: InputValue) -> tuple[str, int, bytes]:
     return "INT32", len(value), struct.pack(f"<{len(value)}i", *value)
 
 
-def _values(datatype: str, data: bytes) -> list[Any]:
-    if datatype == "BYTES":
-        return _strings(data)
-    kind = _FORMATS[datatype]
-    return list(struct.unpack(f"<{len(data) // struct.calcsize('<' + kind)}{kind}", data))
+def _numbers(code: str) -> Callable[[bytes], list[Any]]:
+    size = struct.calcsize(f"<{code}")
+    one = struct.Struct(f"<{code}").unpack
+
+    def read(data: bytes) -> list[Any]:
+        if len(data) == size:
+            return list(one(data))
+        return list(struct.unpack(f"<{len(data) // size}{code}", data))
+
+    return read
 
 
 def _strings(data: bytes) -> list[str]:
     """BYTES elements: a 32-bit length each, then as many bytes of UTF-8."""
+    size = len(data)
+    if size >= 4 and int.from_bytes(data[:4], "little") == size - 4:
+        return [data[4:].decode()]
     values: list[str] = []
     start = 0
     while start < len(data):
@@ -89,3 +99,9 @@ def _strings(data: bytes) -> list[str]:
     if start != len(data):
         raise ValueError(f"a string ends {start - len(data)} bytes past its tensor")
     return values
+
+
+_READERS: dict[str, Callable[[bytes], list[Any]]] = {
+    "BYTES": _strings,
+    **{datatype: _numbers(code) for datatype, code in _FORMATS.items()},
+}

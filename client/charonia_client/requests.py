@@ -58,8 +58,8 @@ class RequestOptions(SamplingKeywords, total=False):
     request_id: appears in the server's log and traces, and in the results; unique among the requests in
     flight.
     echo: put the prompt in front of the text (not when streaming).
-    return_token_ids, return_timings, return_cumulative_logprob: fill these fields of the results.
-    Log-probabilities are returned when the sampling parameters ask for ``logprobs``.
+    return_token_ids, return_timings, return_cumulative_logprob, return_stop_reason: fill these fields of the results.
+    Log-probabilities are returned when the sampling parameters ask for ``logprobs`` or ``prompt_logprobs``.
     """
 
     sampling_params: Mapping[str, Any]
@@ -71,6 +71,7 @@ class RequestOptions(SamplingKeywords, total=False):
     return_token_ids: bool
     return_timings: bool
     return_cumulative_logprob: bool
+    return_stop_reason: bool
 
 
 class ChatOptions(RequestOptions, total=False):
@@ -165,12 +166,13 @@ def _request(
         "return_num_input_tokens": True,
         "return_num_output_tokens": True,
     }
-    for flag in ("return_token_ids", "return_timings", "return_cumulative_logprob"):
+    for flag in ("return_token_ids", "return_timings", "return_cumulative_logprob", "return_stop_reason"):
         if rest.pop(flag, False):
             inputs[flag] = True
     sampling = {**(rest.pop("sampling_params", None) or {}), **rest}
-    if sampling.get("logprobs") is not None:
-        inputs["return_logprobs"] = True
+    for name in ("logprobs", "prompt_logprobs"):
+        if sampling.get(name) is not None:
+            inputs[f"return_{name}"] = True
     if sampling:
         inputs["sampling_parameters"] = _json("sampling parameters", sampling, url, model)
     return GenerateRequest(model, version, request_id, inputs, stream, timeout)

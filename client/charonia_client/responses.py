@@ -42,6 +42,7 @@ def parse(kind: type[OutputT], response: ModelResponse, *, url: str) -> OutputT:
             sequences=_sequences(response.outputs),
             usage=_usage(response.outputs),
             timings=_timings(response.outputs),
+            prompt_logprobs=_prompt_logprobs(response.outputs),
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise InternalServerError(
@@ -70,6 +71,7 @@ def _sequences(outputs: Mapping[str, Sequence[Any]]) -> tuple[SequenceOutput, ..
     logprobs = _per_sequence(outputs, "logprobs", count)
     totals = _per_sequence(outputs, "cumulative_logprob", count)
     lengths = _per_sequence(outputs, "num_output_tokens", count)
+    stop_reasons = _per_sequence(outputs, "stop_reason", count)
     ids = _split_token_ids(outputs.get("token_ids"), lengths)
     return tuple(
         SequenceOutput(
@@ -79,6 +81,7 @@ def _sequences(outputs: Mapping[str, Sequence[Any]]) -> tuple[SequenceOutput, ..
             logprobs=_logprobs(logprobs[i]),
             cumulative_logprob=totals[i],
             num_output_tokens=lengths[i],
+            stop_reason=None if stop_reasons[i] is None else json.loads(stop_reasons[i]),
         )
         for i in range(count)
     )
@@ -111,15 +114,21 @@ def _split_token_ids(flat: Sequence[int] | None, lengths: Sequence[Any]) -> list
 
 def _logprobs(text: str | None) -> tuple[PositionLogprobs, ...] | None:
     positions = None if text is None else json.loads(text)
+    return None if positions is None else tuple(map(_position, positions))
+
+
+def _prompt_logprobs(outputs: Mapping[str, Sequence[Any]]) -> tuple[PositionLogprobs | None, ...] | None:
+    positions = json.loads(outputs["prompt_logprobs"][0]) if "prompt_logprobs" in outputs else None
     if positions is None:
         return None
-    return tuple(
-        {
-            int(token_id): Logprob(entry["logprob"], entry["rank"], entry["decoded_token"])
-            for token_id, entry in position.items()
-        }
-        for position in positions
-    )
+    return tuple(None if position is None else _position(position) for position in positions)
+
+
+def _position(position: Mapping[str, Mapping[str, Any]]) -> PositionLogprobs:
+    return {
+        int(token_id): Logprob(entry["logprob"], entry["rank"], entry["decoded_token"])
+        for token_id, entry in position.items()
+    }
 
 
 def _usage(outputs: Mapping[str, Sequence[Any]]) -> Usage | None:

@@ -26,7 +26,8 @@ class SequenceOutput:
 
     finish_reason: None until the sequence ends, then "stop", "length", ... token_ids, logprobs and
     cumulative_logprob (a running total) are None unless asked for; num_output_tokens is None when the server
-    does not report it.
+    does not report it. stop_reason: the stop string or stop token id that ended it, if it was asked for; None
+    where it ended otherwise.
     """
 
     text: str
@@ -35,6 +36,7 @@ class SequenceOutput:
     logprobs: tuple[PositionLogprobs, ...] | None = None
     cumulative_logprob: float | None = None
     num_output_tokens: int | None = None
+    stop_reason: int | str | None = None
 
     def extended(self, delta: "SequenceOutput") -> "SequenceOutput":
         """This output followed by the next delta of the same sequence."""
@@ -45,6 +47,7 @@ class SequenceOutput:
             logprobs=_joined(self.logprobs, delta.logprobs),
             cumulative_logprob=_latest(self.cumulative_logprob, delta.cumulative_logprob),
             num_output_tokens=_summed(self.num_output_tokens, delta.num_output_tokens),
+            stop_reason=self.stop_reason if delta.stop_reason is None else delta.stop_reason,
         )
 
 
@@ -70,7 +73,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What results and chunks have in common. `text` and the like are those of the first sequence."""
+    """What results and chunks have in common. `text` and the like are those of the first sequence.
+
+    prompt_logprobs: an entry for each token of the prompt, None for the first, which nothing predicts. None unless
+    asked for, and in all chunks but the first.
+    """
 
     request_id: str
     model: str
@@ -78,6 +85,7 @@ class Output:
     sequences: tuple[SequenceOutput, ...]
     usage: Usage | None = None
     timings: Timings | None = None
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -93,6 +101,11 @@ class Output:
     def finish_reason(self) -> str | None:
         """Why the first sequence ended; None while it has not."""
         return self.sequences[0].finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or stop token id that ended the first sequence."""
+        return self.sequences[0].stop_reason
 
     @property
     def logprobs(self) -> tuple[PositionLogprobs, ...] | None:
@@ -129,6 +142,7 @@ class GenerateResult(Output):
             sequences=joined.sequences,
             usage=joined.usage,
             timings=joined.timings,
+            prompt_logprobs=joined.prompt_logprobs,
         )
 
 
@@ -143,6 +157,7 @@ def _followed_by(output: Output, chunk: StreamChunk) -> Output:
         ),
         usage=usage,
         timings=chunk.timings or output.timings,
+        prompt_logprobs=_latest(output.prompt_logprobs, chunk.prompt_logprobs),
     )
 
 
@@ -154,5 +169,5 @@ def _summed(first: int | None, second: int | None) -> int | None:
     return second if first is None else first if second is None else first + second
 
 
-def _latest(first: float | None, second: float | None) -> float | None:
+def _latest(first: _T | None, second: _T | None) -> _T | None:
     return first if second is None else second

@@ -3,6 +3,7 @@
 import httpx
 import openai
 import pytest
+from charonia_client.gateway.logprobs import CompletionLogprobs
 
 
 def test_a_text(client, fake):
@@ -54,12 +55,103 @@ def test_echo(client, fake, stream, prompt, echoed):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(client, fake, stream):
-    answer = client.completions.create(model="llm", prompt="a bc d", logprobs=1, stream=stream)
+    answer = client.completions.create(model="llm", prompt="a bc d", logprobs=2, stream=stream)
     pieces = [c.choices[0].logprobs for c in answer] if stream else [answer.choices[0].logprobs]
     assert [t for p in pieces for t in p.tokens] == ["a", " bc", " d"]
     assert [o for p in pieces for o in p.text_offset] == [0, 1, 4]
     assert [v for p in pieces for v in p.token_logprobs] == [-0.5] * 3
     assert pieces[0].top_logprobs[0] == {"a": -0.5, "other": -1.5}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("a bc d", ["a", " bc", " d"]), ([5, 6, 7], ["<5>", " <6>", " <7>"])]
+)
+def test_echo_with_logprobs(client, fake, stream, prompt, words):
+    answer = client.completions.create(
+        model="llm", prompt=prompt, echo=True, logprobs=2, max_tokens=2, stream=stream
+    )
+    choices = [c.choices[0] for c in answer] if stream else answer.choices
+    pieces = [choice.logprobs for choice in choices]
+    texts = [*words, *words[:2]]
+    assert "".join(choice.text for choice in choices) == "".join(texts)
+    assert [t for p in pieces for t in p.tokens] == texts
+    assert [v for p in pieces for v in p.token_logprobs] == [None, *[-0.5] * 4]
+    offsets = [sum(map(len, texts[:i])) for i in range(5)]
+    assert [o for p in pieces for o in p.text_offset] == offsets
+    tops = [t for p in pieces for t in p.top_logprobs]
+    assert tops == [None, *({text: -0.5, "other": -1.5} for text in texts[1:])]
+    assert fake.last.sampling == {"max_tokens": 2, "logprobs": 2, "prompt_logprobs": 2}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_the_prompt(client, fake, stream):
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = client.completions.create(
+        model="llm", prompt=["a b", "c d e"], echo=True, logprobs=1, max_tokens=0, n=2, **options
+    )
+    parts = list(answer) if stream else [answer]
+    choices = sorted((c for part in parts for c in part.choices), key=lambda c: c.index)
+    assert [c.text for c in choices] == ["a b", "a b", "c d e", "c d e"]
+    assert [c.logprobs.tokens for c in choices][1:3] == [["a", " b"], ["c", " d", " e"]]
+    assert {c.finish_reason for c in choices} == {"length"}
+    assert (parts[-1].usage.prompt_tokens, parts[-1].usage.completion_tokens) == (14, 0)
+    assert fake.last.sampling == {"max_tokens": 1, "n": 2, "prompt_logprobs": 1}
+
+
+def test_prompt_logprobs_as_vllm_tells_them(client, fake):
+    ask = {"model": "llm", "prompt": "a b", "max_tokens": 1}
+    (choice,) = client.completions.create(**ask, extra_body={"prompt_logprobs": 2}).choices
+    first, second = choice.model_extra["prompt_logprobs"]
+    assert first is None and choice.text == "a" and choice.logprobs is None
+    assert [entry["rank"] for entry in second.values()] == [1, 2]
+    assert second["130"] == {"logprob": -0.5, "rank": 1, "decoded_token": " b"}
+    (both,) = client.completions.create(
+        **ask, echo=True, logprobs=1, extra_body={"prompt_logprobs": 3}
+    ).choices
+    assert len(both.model_extra["prompt_logprobs"][1]) == 3
+    assert both.logprobs.top_logprobs[1:] == [{" b": -0.5}, {"a": -0.5}]
+    assert fake.last.sampling["prompt_logprobs"] == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_reason(client, fake, stream):
+    def reasons(**options):
+        answer = client.completions.create(model="llm", prompt="a b", stream=stream, **options)
+        choices = [c.choices[0] for c in answer] if stream else answer.choices
+        return [c.model_extra["stop_reason"] for c in choices if c.finish_reason]
+
+    assert reasons(stop=["END"]) == ["END"]
+    assert fake.last.inputs["return_stop_reason"] is True
+    assert reasons(stop=["END"], max_tokens=1) == [None]
+    assert reasons() == [None]
+    assert "return_stop_reason" not in fake.last.inputs
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "offsets"),
+    [
+        ("a b", ["a", " b"], [0, 1]),
+        ("Hi", ["<s>", "Hi"], [0, 0]),
+        ("né en", ["n", "\ufffd", "\ufffd", " en"], [0, 1, 1, 2]),
+        ("x\ufffdy", ["x", "\ufffd", "y"], [0, 1, 2]),
+        ("ab", ["ab", "END"], [0, 2]),
+        ("ab", ["", "ab", ""], [0, 0, 2]),
+    ],
+)
+def test_offsets_are_places_in_the_text(text, tokens, offsets):
+    positions = [{str(i): {"logprob": -1.0, "rank": 1, "decoded_token": t}} for i, t in enumerate(tokens)]
+    assert CompletionLogprobs(1).piece(text, positions)["text_offset"] == offsets
+
+
+def test_offsets_where_text_comes_after_its_tokens():
+    """The end of a token's text may be held back, as the beginning of a stop string."""
+    pieces = CompletionLogprobs(1)
+    found = []
+    for text, token in (("a x", "a xEN"), ("ENfoo", "foo"), (" b", " b")):
+        position = {"1": {"logprob": -1.0, "rank": 1, "decoded_token": token}}
+        found += pieces.piece(text, [position])["text_offset"]
+    assert found == [0, 5, 8]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +162,9 @@ def test_logprobs(client, fake, stream):
         ({"prompt": "a", "suffix": "b"}, "suffix"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
         ({"prompt": "a", "logprobs": 50}, "logprobs"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "stream": True, "extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs"),
+        ({"prompt": "a", "extra_body": {"prompt_logprobs": 21}}, "prompt_logprobs"),
         ({"prompt": ["a"] * 64, "n": 100}, "n"),
         ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
     ],

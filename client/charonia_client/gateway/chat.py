@@ -89,11 +89,7 @@ async def plan_chat(
         "stream": request.streams,
         "exclude_input_in_output": True,
         "sampling_parameters": to_json(parameters, "the sampling parameters"),
-        **output_flags(
-            request,
-            wants_logprobs="logprobs" in parameters,
-            tokens_details=settings.prompt_tokens_details,
-        ),
+        **output_flags(request, parameters, tokens_details=settings.prompt_tokens_details),
     }
     return ChatPlan(model.request(inputs, context), prompt, request, formats, reading)
 

@@ -2,23 +2,33 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from charonia_client.gateway.chat import ChatPlan
-from charonia_client.gateway.generation import Generation, SequenceDelta, TokenCounts
+from charonia_client.gateway.generation import Generation, PositionLogprobs, SequenceDelta, TokenCounts
 from charonia_client.gateway.logprobs import chat_logprobs
 from charonia_client.gateway.parsers import ToolCallDelta
 from charonia_client.gateway.triton_model import TritonModel
 
 
-async def answer_chat(model: TritonModel, plan: ChatPlan) -> tuple[list[dict[str, Any]], TokenCounts]:
-    """The choices, in order, and the counts."""
+@dataclass(frozen=True, slots=True)
+class ChatAnswer:
+    """The choices, in order, and the counts. prompt_logprobs: at each position of the prompt, if asked for."""
+
+    choices: list[dict[str, Any]]
+    counts: TokenCounts
+    prompt_logprobs: Sequence[PositionLogprobs | None] | None
+
+
+async def answer_chat(model: TritonModel, plan: ChatPlan) -> ChatAnswer:
+    """The whole answer."""
     generation = Generation(model, plan.generate, plan.request.num_choices)
     choices: list[dict[str, Any]] = []
     async with aclosing(generation.deltas()) as responses:
         async for deltas in responses:
             choices += [_choice(plan, delta) for delta in deltas]
-    return choices, generation.counts
+    return ChatAnswer(choices, generation.counts, generation.prompt_logprobs)
 
 
 def _choice(plan: ChatPlan, delta: SequenceDelta) -> dict[str, Any]:
@@ -28,6 +38,7 @@ def _choice(plan: ChatPlan, delta: SequenceDelta) -> dict[str, Any]:
         "message": message,
         "logprobs": None,
         "finish_reason": plan.finish_reason(delta.finish_reason or "stop", saw_tool_calls=calls),
+        "stop_reason": delta.stop_reason,
     }
     if delta.logprobs is not None:
         choice["logprobs"] = chat_logprobs(delta.logprobs, plan.request.top_logprobs or 0)

@@ -21,15 +21,16 @@ _NOTHING = b'"delta":{}'
 async def stream_chat(
     model: TritonModel, plan: ChatPlan, writer: ChunkWriter, prompt_token_ids: list[int] | None
 ) -> AsyncGenerator[bytes, None]:
-    """The events of the answer, those of one response of the model at a time."""
+    """The events of the answer, each time as many as have come."""
     request = plan.request
+    tells_counts = request.has_continuous_usage
     generation = Generation(model, plan.generate, request.num_choices)
     choices = [_Choice(plan) for _ in range(request.num_choices)]
     async with aclosing(generation.deltas()) as responses:
         async for deltas in responses:
-            counts = generation.counts if request.has_continuous_usage else None
             events: list[bytes] = []
             for delta in deltas:
+                counts = delta.counts if tells_counts else None
                 choice = choices[delta.index]
                 if not choice.started:
                     choice.started = True
@@ -59,6 +60,7 @@ class _Choice:
         self._num_top = plan.request.top_logprobs or 0
         self._logprobs: list[PositionLogprobs] = []
         self._token_ids: list[int] = []
+        self._stop_reason: int | str | None = None
 
     def pieces(self, delta: SequenceDelta) -> Iterator[Piece]:
         """The chunks for what is new; none where it is held back."""
@@ -66,6 +68,7 @@ class _Choice:
             self._logprobs.extend(delta.logprobs)
         if delta.token_ids:
             self._token_ids.extend(delta.token_ids)
+        self._stop_reason = delta.stop_reason
         if self._parser is None:
             bodies = [b'"delta":{"content":%b}' % to_json(delta.text)] if delta.text else []
             reason = delta.finish_reason
@@ -75,7 +78,8 @@ class _Choice:
             bodies = [_NOTHING]
         for number, body in enumerate(bodies, 1):
             last = number == len(bodies)
-            yield body, reason if last else None, self._take_logprobs(), self._take_extra()
+            reason_told = reason if last else None
+            yield body, reason_told, self._take_logprobs(), self._take_extra(ends=reason_told is not None)
 
     def _parsed(self, delta: SequenceDelta) -> tuple[list[bytes], str | None]:
         parser = self._parser
@@ -102,11 +106,11 @@ class _Choice:
         taken, self._logprobs = self._logprobs, []
         return chat_logprobs(taken, self._num_top)
 
-    def _take_extra(self) -> dict[str, Any] | None:
-        if not self._token_ids:
-            return None
-        taken, self._token_ids = self._token_ids, []
-        return {"token_ids": taken}
+    def _take_extra(self, *, ends: bool) -> dict[str, Any] | None:
+        extra: dict[str, Any] = {"stop_reason": self._stop_reason} if ends else {}
+        if self._token_ids:
+            extra["token_ids"], self._token_ids = self._token_ids, []
+        return extra or None
 
 
 def _tool_call(call: ToolCallDelta) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pydantic_core import to_json as to_json_bytes
 from charonia_client.gateway.chat import UNLIMITED_TOKENS
 from charonia_client.gateway.chunks import ChunkWriter
 from charonia_client.gateway.context import RequestContext
+from charonia_client.gateway.echo import PromptEcho, prompt_echoes
 from charonia_client.gateway.generation import Generation, SequenceDelta, TokenCounts
-from charonia_client.gateway.logprobs import CompletionLogprobs
+from charonia_client.gateway.logprobs import CompletionLogprobs, trimmed
 from charonia_client.gateway.merge import MAX_CONCURRENT, merged
 from charonia_client.gateway.outputs import output_flags
 from charonia_client.gateway.protocol import CompletionRequest
@@ -27,11 +28,10 @@ MAX_SEQUENCES = 4096
 
 @dataclass(frozen=True, slots=True)
 class PromptPlan:
-    """One prompt. echo: the text in front of each of its choices. token_ids: to be reported, if asked for."""
+    """One prompt: what to send, and what the answer tells of it."""
 
     generate: GenerateRequest
-    echo: str
-    token_ids: list[int] | None
+    echo: PromptEcho
 
 
 async def plan_completion(
@@ -39,62 +39,45 @@ async def plan_completion(
 ) -> list[PromptPlan]:
     """What to send for each prompt. Raises `ApiError`."""
     request.check()
-    parameters = request.sampling_parameters()
-    parameters["max_tokens"] = UNLIMITED_TOKENS if request.max_tokens is None else request.max_tokens
-    if request.logprobs is not None:
-        parameters["logprobs"] = request.logprobs
+    parameters = _parameters(request)
     flags: dict[str, InputValue] = {
         "stream": request.streams,
         "exclude_input_in_output": True,
         "sampling_parameters": to_json(parameters, "the sampling parameters"),
-        **output_flags(
-            request,
-            wants_logprobs=request.logprobs is not None,
-            tokens_details=settings.prompt_tokens_details,
-        ),
+        **output_flags(request, parameters, tokens_details=settings.prompt_tokens_details),
     }
     prompts = request.prompts()
     request.check_choices(len(prompts), MAX_SEQUENCES)
     subjects = [_subject(prompt) for prompt in prompts]
-    echoes = [await _echo(request, model, prompt, context) for prompt in prompts]
-    ids = [await _token_ids(request, model, prompt, context) for prompt in prompts]
+    echoes = await prompt_echoes(request, model, prompts, context)
     several = len(prompts) > 1
     return [
         PromptPlan(
-            model.request({**subject, **flags}, context, part=number if several else None),
-            echoes[number],
-            ids[number],
+            model.request({**subject, **flags}, context, part=number if several else None), echoes[number]
         )
         for number, subject in enumerate(subjects)
     ]
+
+
+def _parameters(request: CompletionRequest) -> dict[str, Any]:
+    parameters = request.sampling_parameters()
+    parameters["max_tokens"] = UNLIMITED_TOKENS if request.max_tokens is None else request.max_tokens
+    if request.logprobs is not None:
+        parameters["logprobs"] = request.logprobs
+        if request.echo:
+            parameters["prompt_logprobs"] = max(request.logprobs, request.prompt_logprobs or 0)
+    if not request.generates:
+        # The model cannot but generate: its one token is left out of the answer.
+        parameters["max_tokens"] = 1
+        parameters.pop("logprobs", None)
+        parameters.pop("min_tokens", None)
+    return parameters
 
 
 def _subject(prompt: str | list[int]) -> Mapping[str, InputValue]:
     if isinstance(prompt, str):
         return {"text_input": checked_text(prompt, "prompt")}
     return {"input_ids": tuple(prompt)}
-
-
-async def _echo(
-    request: CompletionRequest, model: TritonModel, prompt: str | list[int], context: RequestContext
-) -> str:
-    if not request.echo:
-        return ""
-    if isinstance(prompt, str):
-        return prompt
-    values = await model.utility("detokenize", {"tokens": prompt}, context)
-    return str(values["prompt"])
-
-
-async def _token_ids(
-    request: CompletionRequest, model: TritonModel, prompt: str | list[int], context: RequestContext
-) -> list[int] | None:
-    if not request.return_token_ids:
-        return None
-    if not isinstance(prompt, str):
-        return prompt
-    values = await model.utility("tokenize", {"prompt": prompt}, context)
-    return list(values["tokens"])
 
 
 async def answer_completion(
@@ -118,27 +101,33 @@ async def answer_completion(
 async def _answer_one(
     model: TritonModel, request: CompletionRequest, plan: PromptPlan, number: int, room: asyncio.Semaphore
 ) -> tuple[list[dict[str, Any]], TokenCounts]:
-    generation = Generation(model, plan.generate, request.num_choices)
+    generation = _generation(model, request, plan)
     choices: list[dict[str, Any]] = []
     async with room, aclosing(generation.deltas()) as responses:
         async for deltas in responses:
-            choices += [_choice(request, plan, delta, number) for delta in deltas]
+            choices += [_choice(request, plan, delta, number, generation) for delta in deltas]
     return choices, generation.counts
 
 
+def _generation(model: TritonModel, request: CompletionRequest, plan: PromptPlan) -> Generation:
+    return Generation(model, plan.generate, request.num_choices, prompt_only=not request.generates)
+
+
 def _choice(
-    request: CompletionRequest, plan: PromptPlan, delta: SequenceDelta, number: int
+    request: CompletionRequest, plan: PromptPlan, delta: SequenceDelta, number: int, generation: Generation
 ) -> dict[str, Any]:
+    pieces = _ChoicePieces(request, plan)
     choice: dict[str, Any] = {
         "index": number * request.num_choices + delta.index,
-        "text": plan.echo + delta.text,
-        "logprobs": None,
+        "text": plan.echo.text + delta.text,
+        "logprobs": pieces.logprobs(delta, generation),
         "finish_reason": delta.finish_reason or "stop",
+        "stop_reason": delta.stop_reason,
     }
-    if delta.logprobs is not None:
-        choice["logprobs"] = CompletionLogprobs(len(plan.echo)).piece(delta.logprobs)
+    if request.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = trimmed(generation.prompt_logprobs or (), request.prompt_logprobs)
     if request.return_token_ids:
-        choice |= {"token_ids": list(delta.token_ids or ()), "prompt_token_ids": plan.token_ids}
+        choice |= {"token_ids": list(delta.token_ids or ()), "prompt_token_ids": plan.echo.token_ids}
     return choice
 
 
@@ -146,18 +135,20 @@ async def stream_completion(
     model: TritonModel, request: CompletionRequest, plans: Sequence[PromptPlan], writer: ChunkWriter
 ) -> AsyncGenerator[bytes, None]:
     """The events of the answer. Choices of all prompts come as they are made, told apart by their index."""
-    generations = [Generation(model, plan.generate, request.num_choices) for plan in plans]
-    streams = [[_ChoiceStream(request, plan) for _ in range(request.num_choices)] for plan in plans]
+    generations = [_generation(model, request, plan) for plan in plans]
+    streams = [[_ChoicePieces(request, plan) for _ in range(request.num_choices)] for plan in plans]
 
     def counted() -> TokenCounts:
         return sum((generation.counts for generation in generations), TokenCounts())
 
     async with aclosing(merged([generation.deltas() for generation in generations])) as responses:
         async for number, deltas in responses:
-            counts = counted() if request.has_continuous_usage else None
             events = []
             for delta in deltas:
-                body, logprobs, extra = streams[number][delta.index].piece(delta)
+                counts = None
+                if request.has_continuous_usage:
+                    counts = delta.counts if len(plans) == 1 else counted()
+                body, logprobs, extra = streams[number][delta.index].piece(delta, generations[number])
                 index = number * request.num_choices + delta.index
                 events.append(
                     writer.chunk(index, body, delta.finish_reason, logprobs, extra=extra, counts=counts)
@@ -166,22 +157,34 @@ async def stream_completion(
     yield writer.usage(counted()) + DONE if request.includes_usage else DONE
 
 
-class _ChoiceStream:
+class _ChoicePieces:
     """What one choice remembers between its chunks."""
 
     def __init__(self, request: CompletionRequest, plan: PromptPlan) -> None:
         self._request = request
-        self._prompt_token_ids = plan.token_ids
-        self._echo = plan.echo
-        self._logprobs = CompletionLogprobs(len(plan.echo))
+        self._prompt_token_ids = plan.echo.token_ids
+        self._echo = plan.echo.text
+        self._scores_prompt = request.scores_prompt
+        self._logprobs = CompletionLogprobs(request.logprobs or 0, plan.echo.first_token)
 
-    def piece(self, delta: SequenceDelta) -> tuple[bytes, Any, dict[str, Any] | None]:
+    def piece(self, delta: SequenceDelta, generation: Generation) -> tuple[bytes, Any, dict[str, Any] | None]:
         """The member `text`, the logprobs and further members of the next chunk."""
+        logprobs = self.logprobs(delta, generation)
         text, self._echo = self._echo + delta.text, ""
-        logprobs = self._logprobs.piece(delta.logprobs) if delta.logprobs is not None else None
         extra: dict[str, Any] | None = None
+        if delta.finish_reason is not None:
+            extra = {"stop_reason": delta.stop_reason}
         if self._request.return_token_ids:
-            extra = {"token_ids": list(delta.token_ids or ())}
+            extra = {**(extra or {}), "token_ids": list(delta.token_ids or ())}
             if self._prompt_token_ids is not None:
                 extra["prompt_token_ids"], self._prompt_token_ids = self._prompt_token_ids, None
         return b'"text":' + to_json_bytes(text), logprobs, extra
+
+    def logprobs(self, delta: SequenceDelta, generation: Generation) -> dict[str, Any] | None:
+        """Those of the delta; in the first piece of a choice that echoes, with those of the prompt in front."""
+        if self._request.logprobs is None:
+            return None
+        positions = [*(generation.prompt_logprobs or ())] if self._scores_prompt else []
+        self._scores_prompt = False
+        positions += delta.logprobs or ()
+        return self._logprobs.piece(self._echo + delta.text, positions)

@@ -9,7 +9,6 @@ from typing import Any
 from charonia_client.errors import InternalServerError
 from charonia_client.gateway.triton_model import TritonModel
 from charonia_client.requests import GenerateRequest
-from charonia_client.responses import ModelResponse
 
 PositionLogprobs = Mapping[str, Mapping[str, Any]]
 """Alternatives at one position by token id: `logprob`, `rank`, `decoded_token`. The token itself comes first."""
@@ -19,16 +18,22 @@ _FINISH_REASONS = {"stop": "stop", "length": "length"}
 
 @dataclass(slots=True)
 class SequenceDelta:
-    """What is new of one sequence. finish_reason: None unless it ends here; "stop" or "length"."""
+    """What is new of one sequence. finish_reason: None unless it ends here; "stop" or "length".
+
+    stop_reason: the stop string or stop token id that ended it, as far as the request has any. counts: those of the
+    request, up to here.
+    """
 
     index: int
     text: str
     finish_reason: str | None
     logprobs: Sequence[PositionLogprobs] | None
     token_ids: Sequence[int] | None
+    counts: "TokenCounts"
+    stop_reason: int | str | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class TokenCounts:
     """Tokens of a request, or of several. cached: prompt tokens found in the prefix cache; None if not told."""
 
@@ -55,20 +60,30 @@ class TokenCounts:
 
 
 class Generation:
-    """One request to the model, and how far it has come. Iterate over it once."""
+    """One request to the model, and how far it has come. Iterate over it once.
 
-    def __init__(self, model: TritonModel, request: GenerateRequest, num_sequences: int) -> None:
+    prompt_logprobs: set with the first deltas, if the request asks for them; None at the first token.
+    prompt_only: only the prompt is of interest; the token that the model generates all the same counts for nothing.
+    """
+
+    def __init__(
+        self, model: TritonModel, request: GenerateRequest, num_sequences: int, *, prompt_only: bool = False
+    ) -> None:
         self._model = model
         self._request = request
+        self._prompt_only = prompt_only
         self._finished = [False] * num_sequences
         self.counts = TokenCounts()
+        self.prompt_logprobs: Sequence[PositionLogprobs | None] | None = None
 
     async def deltas(self) -> AsyncGenerator[list[SequenceDelta], None]:
-        """For each response, what it has of each sequence that has news. Closing it early cancels the request."""
-        async with aclosing(self._model.responses(self._request)) as responses:
-            async for response in responses:
+        """What is new of each sequence, each time as much as has come. Closing it early cancels the request."""
+        async with aclosing(self._model.batches(self._request)) as batches:
+            async for batch in batches:
+                news: list[SequenceDelta] = []
                 try:
-                    news = self._read(response)
+                    for response in batch:
+                        self._read(response.outputs, news)
                 except (KeyError, IndexError, TypeError, ValueError) as error:
                     raise InternalServerError(
                         f"the model's response does not follow the serving contract: {error!r}",
@@ -76,18 +91,18 @@ class Generation:
                         model=self._model.name,
                     ) from error
                 if news:
-                    yield news
+                    yield list(map(_without_output, news)) if self._prompt_only else news
 
-    def _read(self, response: ModelResponse) -> list[SequenceDelta]:
-        outputs = response.outputs
+    def _read(self, outputs: Mapping[str, Sequence[Any]], news: list[SequenceDelta]) -> None:
         texts = outputs["text_output"]
         reasons = outputs["finish_reason"]
         lengths = outputs.get("num_output_tokens")
         if lengths is not None:
-            self._count(outputs, lengths)
+            self.counts = self._counted(outputs, lengths)
+        if self.prompt_logprobs is None and self._request.inputs.get("return_prompt_logprobs"):
+            self.prompt_logprobs = _present(json.loads(outputs["prompt_logprobs"][0]))
         logprobs = outputs.get("logprobs")
         token_ids = _split(outputs["token_ids"], lengths) if "token_ids" in outputs else None
-        news: list[SequenceDelta] = []
         for index, text in enumerate(texts):
             ends = reasons[index] != "None" and not self._finished[index]
             ids = token_ids[index] if token_ids is not None else None
@@ -98,15 +113,27 @@ class Generation:
                 self._finished[index] = True
                 reason = _FINISH_REASONS.get(reasons[index], "stop")
             found = json.loads(logprobs[index]) if logprobs is not None else None
-            news.append(SequenceDelta(index, text, reason, found, ids))
-        return news
+            cause = json.loads(outputs["stop_reason"][index]) if ends and "stop_reason" in outputs else None
+            news.append(SequenceDelta(index, text, reason, found, ids, self.counts, cause))
 
-    def _count(self, outputs: Mapping[str, Sequence[Any]], lengths: Sequence[int]) -> None:
-        self.counts.completion += sum(lengths)
+    def _counted(self, outputs: Mapping[str, Sequence[Any]], lengths: Sequence[int]) -> TokenCounts:
+        prompt, cached = self.counts.prompt, self.counts.cached
+        completion = self.counts.completion + (0 if self._prompt_only else sum(lengths))
         if "num_input_tokens" in outputs:
-            self.counts.prompt = outputs["num_input_tokens"][0]
+            prompt = outputs["num_input_tokens"][0]
         if "timings" in outputs:
-            self.counts.cached = json.loads(outputs["timings"][0]).get("num_cached_tokens")
+            cached = json.loads(outputs["timings"][0]).get("num_cached_tokens")
+        return TokenCounts(prompt, completion, cached)
+
+
+def _without_output(delta: SequenceDelta) -> SequenceDelta:
+    return SequenceDelta(delta.index, "", "length", None, None, delta.counts)
+
+
+def _present(positions: Sequence[PositionLogprobs | None] | None) -> Sequence[PositionLogprobs | None]:
+    if positions is None:
+        raise ValueError("the first response has no prompt_logprobs")
+    return positions
 
 
 def _split(flat: Sequence[int], lengths: Sequence[int] | None) -> list[Sequence[int]]:

@@ -1,9 +1,12 @@
-"""Log-probabilities in the two forms of the OpenAI API."""
+"""Log-probabilities in the forms of the OpenAI API, and of vLLM's `prompt_logprobs`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from charonia_client.gateway.generation import PositionLogprobs
+
+_MAX_GAP = 32
+"""Characters of the text that tokens may leave out, such as one that several tokens make together."""
 
 
 def chat_logprobs(positions: Sequence[PositionLogprobs], num_top: int) -> dict[str, Any]:
@@ -22,28 +25,66 @@ def _chat_token(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"token": token, "logprob": entry["logprob"], "bytes": list(token.encode())}
 
 
+def trimmed(
+    positions: Sequence[PositionLogprobs | None], num_top: int
+) -> list[dict[str, Mapping[str, Any]] | None]:
+    """At each position the token itself and the `num_top` most likely ones."""
+    return [None if position is None else dict(_entries(position, num_top)) for position in positions]
+
+
+def _entries(position: PositionLogprobs, num_top: int) -> list[tuple[str, Mapping[str, Any]]]:
+    own, *others = position.items()
+    return [own, *((token_id, entry) for token_id, entry in others if entry["rank"] <= num_top)]
+
+
 class CompletionLogprobs:
-    """The `logprobs` of a completion choice, piece by piece; offsets count characters of the whole text."""
+    """The `logprobs` of a completion choice, piece by piece; offsets count characters of the whole text.
 
-    def __init__(self, offset: int = 0) -> None:
-        """offset: length of the text in front of the first token (the prompt's, where it is echoed)."""
-        self._offset = offset
+    A token that is not in the text as it is decoded alone (half a character, a special token that is not shown) begins
+    where the token before it ended.
+    """
 
-    def piece(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
-        """The object for the next positions."""
+    def __init__(self, num_top: int, first_token: str = "") -> None:
+        """first_token: text of a prompt's first token, for which there is no log-probability."""
+        self._num_top = num_top
+        self._first_token = first_token
+        self._offset = 0
+        self._rest = ""
+        """Text behind `_offset`, whose tokens are yet to come."""
+        self._lost = False
+        """Whether there may be a gap between `_offset` and the next token."""
+
+    def piece(self, text: str, positions: Sequence[PositionLogprobs | None]) -> dict[str, Any]:
+        """The object for the next tokens, and the text that came with them."""
         tokens: list[str] = []
-        token_logprobs: list[float] = []
-        top: list[dict[str, float]] = []
-        offsets: list[int] = []
+        token_logprobs: list[float | None] = []
+        top: list[dict[str, float] | None] = []
         for position in positions:
-            entries = list(position.values())
-            token = entries[0]["decoded_token"]
-            tokens.append(token)
+            if position is None:
+                tokens.append(self._first_token)
+                token_logprobs.append(None)
+                top.append(None)
+                continue
+            entries = [entry for _, entry in _entries(position, self._num_top)]
+            tokens.append(entries[0]["decoded_token"])
             token_logprobs.append(entries[0]["logprob"])
             # Different tokens may decode to the same text: the more likely one is told.
             top.append({e["decoded_token"]: e["logprob"] for e in sorted(entries, key=lambda e: -e["rank"])})
-            offsets.append(self._offset)
-            self._offset += len(token)
         return {
-            "tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top, "text_offset": offsets,
+            "tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top,
+            "text_offset": self._offsets(text, tokens),
         }  # fmt: skip
+
+    def _offsets(self, text: str, tokens: Sequence[str]) -> list[int]:
+        rest, end = self._rest + text, 0
+        offsets: list[int] = []
+        for token in tokens:
+            reach = end + len(token) + (_MAX_GAP if self._lost else 0)
+            found = rest.find(token, end, reach) if token else -1
+            self._lost = found < 0
+            offsets.append(self._offset + (end if self._lost else found))
+            if not self._lost:
+                end = found + len(token)
+        self._offset += end
+        self._rest = rest[end:]
+        return offsets

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -85,34 +85,38 @@ class TritonModel:
             parameters={**context.trace, _ERROR_CODES: "true"},
         )
 
-    async def responses(self, request: GenerateRequest) -> AsyncGenerator[ModelResponse, None]:
-        """Send a request and yield its responses. Closing the generator early cancels it in the server."""
-        async with aclosing(self._transport.responses(request)) as answers:
-            if request.timeout is None:
-                async for answer in answers:
-                    yield answer
-                return
-            end = asyncio.get_running_loop().time() + request.timeout
-            # The limit is set anew for each response: whoever asks for the next one may be another task.
+    def batches(self, request: GenerateRequest) -> AsyncGenerator[Sequence[ModelResponse], None]:
+        """Send a request and yield its responses, each time all that have come. Closing the generator early cancels the
+        request in the server.
+        """
+        batches = self._transport.batches(request)
+        return batches if request.timeout is None else self._limited(batches, request.timeout)
+
+    async def _limited(
+        self, batches: AsyncGenerator[Sequence[ModelResponse], None], timeout: float
+    ) -> AsyncGenerator[Sequence[ModelResponse], None]:
+        async with aclosing(batches):
+            end = asyncio.get_running_loop().time() + timeout
+            # The limit is set anew for each batch: whoever asks for the next one may be another task.
             while True:
                 try:
                     async with asyncio.timeout_at(end) as limit:
-                        answer = await anext(answers)
+                        batch = await anext(batches)
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
                     if not limit.expired():
                         raise
-                    message = f"not finished within {request.timeout:g} s; the request was cancelled"
+                    message = f"not finished within {timeout:g} s; the request was cancelled"
                     raise RequestTimeoutError(message, url=self.url, model=self.name) from None
-                yield answer
+                yield batch
 
     async def single(self, request: GenerateRequest) -> ModelResponse:
         """Send a request that is answered at once."""
         found: ModelResponse | None = None
-        async with aclosing(self.responses(request)) as answers:
-            async for answer in answers:
-                found = answer
+        async with aclosing(self.batches(request)) as batches:
+            async for batch in batches:
+                found = batch[-1]
         if found is None:
             raise InternalServerError("the model sent no answer", url=self.url, model=self.name)
         return found

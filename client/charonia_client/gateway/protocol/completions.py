@@ -30,6 +30,16 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = None
     suffix: str | None = None
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the echoed prompt are asked for."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether anything is to follow the prompt."""
+        return self.max_tokens != 0
+
     def prompts(self) -> list[str] | list[list[int]]:
         """The prompts one by one, all texts or all token ids."""
         return as_prompts(self.prompt)
@@ -40,10 +50,8 @@ class CompletionRequest(SamplingFields):
             raise ApiError("suffix is not supported", param="suffix")
         if self.best_of is not None and self.best_of != self.num_choices:
             raise ApiError("best_of is not supported; use n", param="best_of")
-        if self.max_tokens == 0:
-            raise ApiError("max_tokens must be at least 1", param="max_tokens")
-        if self.echo and self.logprobs is not None:
-            raise ApiError("echo with logprobs is not supported", param="echo")
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError("max_tokens must be at least 1, except with echo", param="max_tokens")
 
     def check_choices(self, num_prompts: int, limit: int) -> None:
         """Raise `ApiError` for more than `limit` choices in all."""

@@ -90,7 +90,7 @@ class SamplingFields(BaseModel):
     allowed_token_ids: list[TokenId] | None = Field(None, max_length=MAX_IDS)
     priority: Int64 | None = None
     cache_salt: str | None = Field(None, max_length=256)
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = False
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | None = None
@@ -122,12 +122,14 @@ class SamplingFields(BaseModel):
 
     def sampling_parameters(self) -> dict[str, Any]:
         """The parameters that go to the model as they are, without nulls. Raises `ApiError` for what it cannot do."""
-        if self.prompt_logprobs is not None:
-            raise ApiError("prompt_logprobs is not supported by this API", param="prompt_logprobs")
+        if self.prompt_logprobs is not None and self.streams:
+            raise ApiError("prompt_logprobs is not for stream=true", param="prompt_logprobs")
         if self.stream_options is not None and not self.streams:
             raise ApiError("stream_options is only for stream=true", param="stream_options")
         given = {name: getattr(self, name) for name in PASSED_ON}
         parameters = {name: value for name, value in given.items() if value is not None}
+        if self.prompt_logprobs is not None:
+            parameters["prompt_logprobs"] = self.prompt_logprobs
         constraint = self.constraint()
         if constraint is not None:
             parameters["structured_outputs"] = constraint

@@ -29,15 +29,17 @@ async def _answer(gateway: Gateway, body: ChatRequest, context: RequestContext) 
     if body.streams:
         writer = ChunkWriter("chat.completion.chunk", answer_id, now(), name, usage=body.includes_usage)
         return await EventStream.start(stream_chat(gateway.model, plan, writer, prompt_token_ids))
-    choices, counts = await answer_chat(gateway.model, plan)
+    found = await answer_chat(gateway.model, plan)
     answer = {
         "id": answer_id,
         "object": "chat.completion",
         "created": now(),
         "model": name,
-        "choices": choices,
-        "usage": counts.usage(),
+        "choices": found.choices,
+        "usage": found.counts.usage(),
     }
+    if found.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = found.prompt_logprobs
     if prompt_token_ids is not None:
         answer["prompt_token_ids"] = prompt_token_ids
     return Response(to_json(answer), media_type="application/json")

@@ -1,4 +1,4 @@
-"""Triton's gRPC streams, spoken without a gRPC library, see `http2`."""
+"""Triton's gRPC streams, spoken without a gRPC library, see `charonia_client.http2`."""
 
 import asyncio
 import json
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from charonia_client import grpc_codec
+from charonia_client.http2 import Http2Connection, StreamError
 from charonia_client.requests import GenerateRequest, InputValue
 from tritonclient.grpc import service_pb2
 
-from charonia.entrypoints.bench.serve.http2 import Http2Connection
 from charonia.entrypoints.bench.serve.records import RequestRecord
 from charonia.entrypoints.bench.serve.target import Target, sampling_of
 from charonia.entrypoints.bench.serve.workload import BenchRequest
@@ -155,6 +155,9 @@ class _Call:
         else:
             self._connection.half_close(self._stream_id)
 
+    def on_headers(self, headers: dict[str, str]) -> None:
+        """See `StreamSink`."""
+
     def on_data(self, data: bytes, now_ns: int) -> None:
         """See `StreamSink`."""
         if self._rest:
@@ -169,16 +172,17 @@ class _Call:
             start = end
         self._rest = data[start:]
 
-    def on_end(self, headers: dict[str, str], now_ns: int, error: str | None) -> None:
+    def on_end(self, headers: dict[str, str], now_ns: int, error: StreamError | None) -> None:
         """See `StreamSink`."""
         self.is_open = False
         self._backend.ended(self)
+        told = str(error)
         if error is None:
             status, text = headers.get("grpc-status", "?"), headers.get("grpc-message", "")
-            error = f"the server closed the stream (HTTP {headers.get(':status', '?')}, gRPC status {status}) {text}"
+            told = f"the server closed the stream (HTTP {headers.get(':status', '?')}, gRPC status {status}) {text}"
         records, self.records = list(self.records.values()), {}
         for record in records:
-            record.end(now_ns, error.strip())
+            record.end(now_ns, told.strip())
 
     def _receive(self, message: Any, now_ns: int) -> None:
         response = message.infer_response
