@@ -84,7 +84,8 @@ def measure(server: TritonServer, root: Path, streams: int, options: argparse.Na
     """One line of the table."""
     before = processor_us(server)
     (run,) = bench_serve(
-        root, server, "--concurrency", streams, "--num-prompts", streams * options.requests, "--input-len", 16,
+        root, f"grpc://{server.grpc_url}", "--concurrency", streams,
+        "--num-prompts", streams * options.requests, "--input-len", 16,
         "--output-len", options.tokens, "--workers", options.workers, "--no-count-tokens",
     )  # fmt: skip
     spent = {kind: us - before.get(kind, 0.0) for kind, us in processor_us(server).items()}

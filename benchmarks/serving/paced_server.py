@@ -5,7 +5,8 @@
 
 Answers Triton's gRPC streams, and over HTTP/1.1 generate_stream, /v1/completions and /v1/chat/completions: every step,
 one token for each request in flight, from bytes made beforehand. A gateway may stand in between
-(`charonia-client gateway --triton 127.0.0.1:18200`), to measure what that costs. It has no flow control and checks nothing.
+(`charonia-client gateway --triton 127.0.0.1:18200`), to measure what that costs. It has no flow control and checks
+nothing.
 """
 
 import argparse

@@ -6,15 +6,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from charonia.entrypoints.ports import http_status
 from charonia.entrypoints.repository import build_repository, find_template
 from charonia.entrypoints.triton_server import TritonServer
 
 _HOST = "127.0.0.1"
+_GATEWAY_START_S = 60.0
 _TICK_US = 1e6 / os.sysconf("SC_CLK_TCK")
 
 
@@ -70,13 +73,30 @@ def served(
         server.stop()
 
 
-def bench_serve(root: Path, server: TritonServer, *arguments: object) -> list[dict[str, Any]]:
-    """The runs of a `charonia bench serve` over gRPC, as its JSON has them."""
+@contextmanager
+def gateway(server: TritonServer, workers: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A ready OpenAI gateway in front of the server; its port is the last of its arguments."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "charonia_client", "gateway", "--triton", server.grpc_url]
+    command += ["--workers", str(workers), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + _GATEWAY_START_S
+        while http_status(_HOST, port, "/health", timeout_s=1.0) != 200:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the gateway does not start")
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def bench_serve(root: Path, url: str, *arguments: object) -> list[dict[str, Any]]:
+    """The runs of a `charonia bench serve` against a URL, as its JSON has them."""
     report = root / "report.json"
-    command = [str(Path(sys.executable).with_name("charonia"))]
-    if not Path(command[0]).exists():
-        command = [sys.executable, "-m", "charonia.entrypoints.cli"]
-    command += ["bench", "serve", "--url", f"grpc://{server.grpc_url}", "--json", str(report)]
+    command = [sys.executable, "-m", "charonia.entrypoints.cli"]
+    command += ["bench", "serve", "--url", url, "--json", str(report)]
     run = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"bench serve failed: {run.stdout[-1000:]} {run.stderr[-2000:]}")
@@ -85,7 +105,7 @@ def bench_serve(root: Path, server: TritonServer, *arguments: object) -> list[di
 
 
 def processor_us(server: TritonServer) -> dict[str, float]:
-    """Processor time so far, in microseconds, of the server, its stubs and the engine."""
+    """Processor time so far, in microseconds, of the server, its stubs, the engine and a gateway in front of them."""
     assert server.process is not None
     spent: dict[str, float] = {}
     for pid, command, us in _processes():
@@ -95,6 +115,8 @@ def processor_us(server: TritonServer) -> dict[str, float]:
             kind = "engine"
         elif server.shm_prefix in command:
             kind = "stubs"
+        elif "charonia_client gateway" in command and server.grpc_url in command:
+            kind = "gateway"
         else:
             continue
         spent[kind] = spent.get(kind, 0.0) + us

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from charonia.entrypoints.serve import default_instances
-from service import bench_serve, processor_us, served
+from charonia.entrypoints.triton_server import TritonServer
+from service import bench_serve, gateway, processor_us, served
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
@@ -41,16 +42,25 @@ def main() -> None:
         offline = offline_figures(options)
         streamed = measure_streamed(root, options)
     print(f"{options.model}, {PROMPT_LEN} + {options.output_len} tokens, {options.instances} instances")
+    report("through Triton", options, offline, streamed)
+    if options.gateway_workers:
+        report(f"gateway, {options.gateway_workers} workers", options, offline, streamed["gateway"])
+    if options.out:
+        options.out.write_text(json.dumps({"offline": offline, "streamed": streamed}, indent=1))
+
+
+def report(
+    name: str, options: argparse.Namespace, offline: dict[str, float], figures: dict[str, Any]
+) -> None:
+    """Print the figures of one way to the engine."""
     for streams in options.streams:
-        alone, through = offline[str(streams)], streamed[str(streams)]
+        alone, through = offline[str(streams)], figures[str(streams)]
         print(
-            f"{streams:5} streams: offline {alone:,.0f} tokens/s, through Triton {through['tokens_s']:,.0f} "
+            f"{streams:5} streams: offline {alone:,.0f} tokens/s, {name} {through['tokens_s']:,.0f} "
             f"({through['tokens_s'] / alone:.1%}), {through['tokens_per_response']:.2f} tokens a response, "
             f"ITL p50 {through['itl_p50']:.2f} p99 {through['itl_p99']:.2f} ms, us a response {through['us']}"
         )
-    print(f"TTFT, median: offline {offline['ttft_ms']:.2f} ms, through Triton {streamed['ttft_ms']:.2f} ms")
-    if options.out:
-        options.out.write_text(json.dumps({"offline": offline, "streamed": streamed}, indent=1))
+    print(f"TTFT, median: offline {offline['ttft_ms']:.2f} ms, {name} {figures['ttft_ms']:.2f} ms")
 
 
 def parse() -> argparse.Namespace:
@@ -65,6 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--instances", type=int, default=default_instances())
     parser.add_argument("--senders", type=int, default=2)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 4))
+    parser.add_argument(
+        "--gateway-workers", type=int, default=0, help="also through so many (default 0: not)"
+    )
     parser.add_argument("--server-args", default="")
     parser.add_argument("--tiny", action="store_true", help="a trial without a GPU")
     parser.add_argument("--out", type=Path)
@@ -139,41 +152,54 @@ def measure_offline(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_streamed(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The same through the server."""
-    figures: dict[str, Any] = {}
+    """The same through the server, and through a gateway in front of it."""
     with served(
         root, settings_of(options), instances=options.instances, senders=options.senders,
         server_args=options.server_args,
     ) as server:  # fmt: skip
-        for streams in options.streams:
-            runs = []
-            for seed in range(options.repeats):
-                before = processor_us(server)
-                (run,) = bench_serve(
-                    root, server, "--concurrency", streams, "--num-prompts", streams, "--input-len", PROMPT_LEN,
-                    "--output-len", options.output_len, "--workers", min(options.workers, streams),
-                    "--vocab-size", 60_000, "--seed", seed, "--no-count-tokens",
-                )  # fmt: skip
-                run["us"] = {
-                    kind: round((us - before.get(kind, 0.0)) / run["num_responses"])
-                    for kind, us in processor_us(server).items()
-                } | {"client": round(run["generator_us_per_response"])}
-                runs.append(run)
-            best = max(runs, key=lambda run: run["output_throughput"])
-            figures[str(streams)] = {
-                "tokens_s": best["output_throughput"],
-                "all_tokens_s": [run["output_throughput"] for run in runs],
-                "tokens_per_response": streams * options.output_len / best["num_responses"],
-                "itl_p50": best["itl"]["p50"],
-                "itl_p99": best["itl"]["p99"],
-                "ttft_p50": best["ttft"]["p50"],
-                "us": best["us"],
-            }
-        (run,) = bench_serve(
-            root, server, "--concurrency", 1, "--num-prompts", SINGLE_REQUESTS, "--input-len", PROMPT_LEN,
-            "--output-len", 4, "--workers", 1, "--vocab-size", 60_000, "--seed", 77, "--no-count-tokens",
-        )  # fmt: skip
-        figures["ttft_ms"] = run["ttft"]["p50"]
+        url = f"grpc://{server.grpc_url}"
+        figures = measure_url(root, server, options, [url, "--no-count-tokens"])
+        if options.gateway_workers:
+            with gateway(server, options.gateway_workers) as process:
+                url = f"http://127.0.0.1:{process.args[-1]}/v1"  # type: ignore[index]
+                figures["gateway"] = measure_url(root, server, options, [url, "--backend", "openai"])
+    return figures
+
+
+def measure_url(
+    root: Path, server: TritonServer, options: argparse.Namespace, where: list[str]
+) -> dict[str, Any]:
+    """Throughput by the number of streams, and the time to the first token."""
+    figures: dict[str, Any] = {}
+    for streams in options.streams:
+        runs = []
+        for seed in range(options.repeats):
+            before = processor_us(server)
+            (run,) = bench_serve(
+                root, *where, "--concurrency", streams, "--num-prompts", streams, "--input-len", PROMPT_LEN,
+                "--output-len", options.output_len, "--workers", min(options.workers, streams),
+                "--vocab-size", 60_000, "--seed", seed,
+            )  # fmt: skip
+            run["us"] = {
+                kind: round((us - before.get(kind, 0.0)) / run["num_responses"])
+                for kind, us in processor_us(server).items()
+            } | {"client": round(run["generator_us_per_response"])}
+            runs.append(run)
+        best = max(runs, key=lambda run: run["output_throughput"])
+        figures[str(streams)] = {
+            "tokens_s": best["output_throughput"],
+            "all_tokens_s": [run["output_throughput"] for run in runs],
+            "tokens_per_response": streams * options.output_len / best["num_responses"],
+            "itl_p50": best["itl"]["p50"],
+            "itl_p99": best["itl"]["p99"],
+            "ttft_p50": best["ttft"]["p50"],
+            "us": best["us"],
+        }
+    (run,) = bench_serve(
+        root, *where, "--concurrency", 1, "--num-prompts", SINGLE_REQUESTS, "--input-len", PROMPT_LEN,
+        "--output-len", 4, "--workers", 1, "--vocab-size", 60_000, "--seed", 77,
+    )  # fmt: skip
+    figures["ttft_ms"] = run["ttft"]["p50"]
     return figures
 
 

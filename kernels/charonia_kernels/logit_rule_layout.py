@@ -1,4 +1,4 @@
-"""How a request's constraints on its tokens lie on the device. Pure Python on plain ints.
+"""How a request's constraints on its tokens lie on the device. Plain ints in, plain ints out.
 
 There is a pool of int32 words on the device, of which each request with rules has one stretch, written when it enters a
 row. In a step, each rule of each entry of the batch is one record of four int32 that points into the pool:
@@ -19,7 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from charonia_kernels.sampling_params import float_bits, int32
+import numpy as np
+
+from charonia_kernels.sampling_params import float_bits
 
 RECORD_WORDS = 4
 
@@ -99,10 +101,10 @@ def build_rules(
 
 def bit_mask(vocab_size: int, allowed: Iterable[int]) -> list[int]:
     """The words of an ALLOW mask."""
-    bits = bytearray(-(-vocab_size // 32) * 4)
-    for token in allowed:
-        bits[token >> 3] |= 1 << (token & 7)
-    return [int32(int.from_bytes(bits[i : i + 4], "little")) for i in range(0, len(bits), 4)]
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+    bits[np.fromiter(allowed, np.int64)] = True
+    words: list[int] = np.packbits(bits, bitorder="little").view("<i4").tolist()
+    return words
 
 
 def _bad_words(words: list[list[int]]) -> list[int]:
@@ -114,7 +116,7 @@ def _bad_words(words: list[list[int]]) -> list[int]:
 
 
 def _check_ids(vocab_size: int, *lists: Iterable[int]) -> None:
-    for ids in lists:
-        for token in ids:
+    for ids in filter(None, map(list, lists)):
+        for token in (min(ids), max(ids)):
             if not 0 <= token < vocab_size:
                 raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")

@@ -5,13 +5,17 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import openai
 import pydantic
 import pytest
+import torch
+from charonia.entrypoints.default_model import ensure_default_model
 from support.launch import eventually, free_ports
 from support.served import Served, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.server
 
@@ -46,6 +50,30 @@ def served(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[Serv
     )
     with serving(folder, None, *arguments) as served:
         yield served
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of all tokens but the first, and the most likely token in each's place."""
+
+    own: list[float]
+    best: list[int]
+
+
+@pytest.fixture(scope="module")
+def scored() -> dict[str, Any]:
+    """Prompts as token ids, their texts, and their `Scores` by transformers in fp32."""
+    folder = ensure_default_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = ["The capital of France is Paris.", "Käse, 日本語 🙂 und mehr", "1 2 3 4 5 6"]
+    prompts = [tokenizer.encode(text) for text in texts]
+    found = []
+    for ids in prompts:
+        with torch.inference_mode():
+            values = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        own = values.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        found.append(Scores(own.tolist(), values.argmax(-1).tolist()))
+    return {"texts": texts, "prompts": prompts, "logprobs": found}
 
 
 @pytest.fixture
@@ -85,6 +113,47 @@ def test_completions_with_logprobs(client: openai.OpenAI) -> None:
     assert "".join(first.logprobs.tokens) == first.text
     assert all(len(top) >= 2 for top in first.logprobs.top_logprobs)
     assert len(answer.choices) == 2
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_scores_as_evaluation_harnesses_ask_for_them(
+    url: str, scored: dict[str, Any], max_tokens: int
+) -> None:
+    """The request of lm-evaluation-harness (`local-completions`), and how it reads the answer."""
+    body = {"model": "snail", "prompt": list(scored["prompts"]), "temperature": 0, "max_tokens": max_tokens,
+            "logprobs": 1, "seed": 1234, "echo": True}  # fmt: skip
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()
+    assert answer["usage"]["completion_tokens"] == max_tokens * len(scored["prompts"])
+    for choice, ids, expected in zip(answer["choices"], scored["prompts"], scored["logprobs"], strict=True):
+        found = choice["logprobs"]
+        assert {len(values) for values in found.values()} == {len(ids) + max_tokens}
+        assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+        assert found["token_logprobs"][1 : len(ids)] == pytest.approx(expected.own, abs=1e-3)
+        for place, best in enumerate(expected.best, 1):
+            greedy = found["token_logprobs"][place] == max(found["top_logprobs"][place].values())
+            assert greedy == (best == ids[place])
+        shown = [
+            choice["text"][start:].startswith(token)
+            for token, start in zip(found["tokens"], found["text_offset"], strict=True)
+            if "\ufffd" not in token
+        ]
+        assert all(shown) and found["text_offset"] == sorted(found["text_offset"])
+        assert choice["text"][: len(scored["texts"][choice["index"]])] == scored["texts"][choice["index"]]
+
+
+def test_stop_reasons_and_prompt_logprobs(client: openai.OpenAI) -> None:
+    options = {"model": "snail", "temperature": 0, "max_tokens": 12, "prompt": "The capital of France is"}
+    stopped = client.completions.create(**options, stop=["Paris"], extra_body={"prompt_logprobs": 1}).choices[
+        0
+    ]
+    assert stopped.model_extra["stop_reason"] == "Paris"
+    first, *others = stopped.model_extra["prompt_logprobs"]
+    assert first is None and len(others) == 4
+    assert all(sum(entry["rank"] == 1 for entry in position.values()) == 1 for position in others)
+    (*_, last) = client.chat.completions.create(
+        model="snail", messages=ASK, temperature=0, stream=True, extra_body={"stop_token_ids": [7042]}
+    )
+    assert last.choices[0].model_extra["stop_reason"] == 7042
 
 
 class Person(pydantic.BaseModel):

@@ -379,9 +379,9 @@ def test_a_hung_step_ends_the_process(config: EngineConfig, runtime_dir: Path) -
     # Whatever step the watchdog looks at, once a second, has run for longer than this; and it has steps for minutes.
     settings = {"step_timeout_s": 1e-5}
     engine = AsyncEngine.attach(EngineConfig(**{**_fields(config), **settings}), runtime_dir=runtime_dir)
-    sink = Collector()
-    for _ in range(64):
+    sinks = [Collector() for _ in range(64)]
+    for sink in sinks:
         engine.submit(GenerationRequest(prompt=[7] * 100, params=LONG), sink)
-    wait_until(lambda: bool(sink.errors), 15.0)
-    assert isinstance(sink.errors[0], EngineDeadError)
+    wait_until(lambda: all(sink.ended for sink in sinks), 15.0)
+    assert all(isinstance(sink.errors[0], EngineDeadError) for sink in sinks)
     engine.shutdown()

@@ -25,7 +25,13 @@ from typing import Any
 
 from charonia.config import EngineConfig
 from charonia.core.stats import EngineStats
-from charonia.errors import EngineDeadError, ErrorCode, RequestCancelledError, error_from_code
+from charonia.errors import (
+    EngineDeadError,
+    ErrorCode,
+    InvalidRequestError,
+    RequestCancelledError,
+    error_from_code,
+)
 from charonia.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, RequestTimings
 from charonia.request import TokenDelta
 from charonia.serving.metrics import TokenMeter
@@ -94,6 +100,8 @@ class FakeEngine:
         return handle
 
     def answer_utility(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if "unknown" in request:
+            raise InvalidRequestError("unknown key")
         return {"asked": dict(request)}
 
     def abort(self, handle: FakeHandle) -> None:

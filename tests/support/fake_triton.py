@@ -30,6 +30,7 @@ class FakeRequest:
     inputs: dict[str, Any]
     parameters: dict[str, Any]
     is_cancelled: Callable[[], bool]
+    num_responses: int = 0
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -88,6 +89,7 @@ class FakeTriton:
 
     def utility(self, asked: dict[str, Any]) -> dict[str, Any]:
         self.utilities.append(asked)
+        answer: dict[str, Any]
         ((kind, body),) = asked.items()
         if kind == "model_info":
             return {
@@ -96,18 +98,27 @@ class FakeTriton:
                 "chat_template": self.chat_template,
             }
         if kind == "detokenize":
-            return {"prompt": " ".join(f"<{token}>" for token in body["tokens"])}
+            answer = {"prompt": " ".join(f"<{token}>" for token in body["tokens"])}
+            if body.get("return_token_texts"):
+                answer["token_texts"] = _token_texts(answer["prompt"])
+            return answer
         text = body.get("prompt")
         if text is None:
             text = "".join(str(message.get("content")) for message in body["messages"]) + self.prompt_end
-        answer: dict[str, Any] = {
+        answer = {
             "tokens": list(range(len(text.split()))),
             "max_model_len": 2048,
             "prompt": text,
         }
         if body.get("return_token_strs"):
             answer["token_strs"] = text.split()
+        if body.get("return_token_texts"):
+            answer["token_texts"] = _token_texts(text)
         return answer
+
+
+def _token_texts(text: str) -> list[str]:
+    return [word if i == 0 else f" {word}" for i, word in enumerate(text.split())]
 
 
 class _Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -176,24 +187,35 @@ class _Service(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[m
     def _response(self, message: Any, request: FakeRequest, pieces: list[str], reason: str | None) -> Any:
         count = int(request.sampling.get("n", 1))
         ids = [sum(piece.encode()) for piece in pieces]
-        logprobs = [
-            {
-                str(token_id): {"logprob": -0.5, "rank": 1, "decoded_token": piece},
-                "1": {"logprob": -1.5, "rank": 2, "decoded_token": "other"},
-            }
-            for token_id, piece in zip(ids, pieces, strict=True)
-        ]
+        prompt = request.inputs.get("text_input") or " ".join(
+            f"<{i}>" for i in request.inputs.get("input_ids", ())
+        )
+        first = request.num_responses == 0
+        request.num_responses += 1
         outputs: dict[str, list[Any]] = {
             "text_output": ["".join(pieces)] * count,
             "finish_reason": [str(reason)] * count,
             "num_input_tokens": [7],
             "num_output_tokens": [len(pieces)] * count,
-            "logprobs": [json.dumps(logprobs)] * count,
+            "logprobs": [json.dumps(_logprobs(pieces))] * count,
+            "prompt_logprobs": [json.dumps([None, *_logprobs(_token_texts(prompt)[1:])] if first else None)],
+            "stop_reason": [json.dumps("END" if reason == "stop" else None)] * count,
             "token_ids": ids * count,
             "timings": [json.dumps({"num_cached_tokens": 3})],
         }
         wanted = {name: values for name, values in outputs.items() if request.inputs.get(f"return_{name}")}
         return _response(message, {"text_output": outputs["text_output"], **wanted}, final=reason is not None)
+
+
+def _logprobs(pieces: list[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            str(sum(piece.encode())): {"logprob": -0.5, "rank": 1, "decoded_token": piece},
+            "1": {"logprob": -1.5, "rank": 2, "decoded_token": "other"},
+            "2": {"logprob": -2.5, "rank": 3, "decoded_token": "third"},
+        }
+        for piece in pieces
+    ]
 
 
 def _reason(request: FakeRequest, num_tokens: int) -> str:

@@ -70,6 +70,8 @@ class FakeBackend:
 
     def release(self) -> None:
         for future in self.waiting:
+            if not future.set_running_or_notify_cancel():
+                continue
             self.made.append(FakeMatcher(**self.matcher))
             future.set_result(self.made[-1])
         self.waiting.clear()
@@ -280,6 +282,7 @@ def test_cancelled_and_expired_while_compiling() -> None:
     harness.now = 6.0
     harness.step()
     assert harness.ends[0].error == "cancelled" and harness.ends[1].error == "deadline exceeded"
+    assert all(future.cancelled() for future in backend.waiting), "the compiler need not go on"
     backend.release()
     harness.drain()
     assert not harness.device.rows

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ from charonia.entrypoints.engine_flags import add_engine_flags, engine_settings
 from charonia.entrypoints.launch_error import LaunchError
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.repository import build_repository, check_checkpoint, configure, find_template
+from charonia.entrypoints.serve import ready_message
+from charonia.entrypoints.triton_server import TritonServer
 from charonia.errors import ConfigError
 from support.launch import LAUNCH_MODEL, make_checkpoint
 
@@ -48,6 +51,21 @@ class TestEngineFlags:
         with pytest.raises(SystemExit):
             self.parse("--dtype=int3")
         assert "invalid choice: 'int3'" in capsys.readouterr().err
+
+
+def test_the_example_is_one_that_the_model_can_answer(tmp_path: Path) -> None:
+    for name, route in (("LlamaForCausalLM", "/generate_stream"), ("BertModel", "/generate")):
+        folder = tmp_path / name
+        folder.mkdir()
+        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 64}
+        config = {**sizes, "architectures": [name], "vocab_size": 100, "max_position_embeddings": 64}
+        if name == "BertModel":
+            config |= {"type_vocab_size": 2, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+        (folder / "config.json").write_text(json.dumps(config))
+        text = ready_message(ServeSettings(model=str(folder)), TritonServer(tmp_path), 1.0)
+        command = next(line for line in text.splitlines() if "curl" in line)
+        body = json.loads(shlex.split(command)[-1])
+        assert f"/v2/models/llm{route} " in command and ("embedding_request" in body) == (name == "BertModel")
 
 
 class TestRepository:

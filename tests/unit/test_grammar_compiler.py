@@ -1,9 +1,10 @@
 """Grammars over the default model's tokenizer: what they allow, and what compiling them may cost."""
 
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -134,6 +135,45 @@ def test_errors_are_remembered_and_bounded(compiler: GrammarCompiler) -> None:
     assert len(str(error.value)) < 500
     again = compiler.compile(StructuredOutputsParams(regex="(" * 5000))
     assert again.done() and isinstance(again.exception(), InvalidRequestError)
+
+
+def test_what_nobody_waits_for_is_not_compiled(compiler: GrammarCompiler) -> None:
+    tried: list[bytes] = []
+    begun, go_on = threading.Event(), threading.Event()
+    sandbox = compiler._sandbox
+    assert sandbox is not None
+
+    class Gate:
+        def try_out(self, params: bytes) -> str:
+            tried.append(params)
+            begun.set()
+            assert go_on.wait(30)
+            return sandbox.try_out(params)
+
+    compiler._sandbox = cast(Any, Gate())
+    try:
+        first = compiler.compile(StructuredOutputsParams(regex="first"))
+        assert begun.wait(30)
+        left = [compiler.compile(StructuredOutputsParams(regex="left")) for _ in range(2)]
+        shared = [compiler.compile(StructuredOutputsParams(regex="shared")) for _ in range(2)]
+        assert all(future.cancel() for future in (*left, shared[0]))
+        go_on.set()
+        assert first.result(60).error is None and shared[1].result(60).error is None
+        assert [params for params in tried if b"left" in params] == [] and len(tried) == 2
+        assert matcher(compiler, regex="left").error is None
+    finally:
+        compiler._sandbox = sandbox
+
+
+def test_a_busy_machine_is_not_the_grammars_fault(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher(compiler, regex="started")
+    with monkeypatch.context() as patched:
+        patched.setattr("charonia.structured.sandbox.MAX_WALL_SECONDS", 0.0)
+        with pytest.raises(EngineDeadError, match="retry later"):
+            matcher(compiler, regex="busy")
+    assert matcher(compiler, regex="busy").error is None
 
 
 def test_the_judge_in_the_sandbox() -> None:

@@ -468,6 +468,15 @@ def test_impossible_requests_are_refused(prompt: list[int], max_tokens: int, mat
         harness.core.add(request(1, [1]))
 
 
+def test_deadlines_of_requests_that_have_ended_are_forgotten() -> None:
+    harness = Harness(config())
+    harness.add(request(0, [1], deadline=1.0))
+    for i in range(1, 400):
+        harness.add(request(i, [1], deadline=1e9))
+        harness.core.abort(i)
+    assert len(harness.scheduler._deadlines) < 100 and harness.scheduler.next_deadline == 1.0
+
+
 def test_deadlines_end_waiting_and_running_requests() -> None:
     harness = Harness(config(max_num_seqs=1))
     for i in range(2):

@@ -172,6 +172,16 @@ def test_errors_begin_with_their_code_where_the_request_asks_for_it(bench: Bench
     assert error_of(request.sender) == ("NOT_FOUND", "[NOT_FOUND] scripted error")
 
 
+def lines_after(bench: Bench, request_id: str) -> list[str]:
+    """The log once it has a line of a request that is sent now."""
+    done(bench.send(request_id))
+    deadline = time.monotonic() + 5
+    while not any(f"id={request_id} " in line for line in fake_pb.Logger.lines):
+        assert time.monotonic() < deadline, "no line"
+        time.sleep(0.01)
+    return fake_pb.Logger.lines
+
+
 def test_utilities_need_no_engine_and_count_as_no_request(bench: Bench) -> None:
     request = Request({"utility_request": text('{"model_info": {}}')})
     bench.backend.execute([request])
@@ -179,9 +189,11 @@ def test_utilities_need_no_engine_and_count_as_no_request(bench: Bench) -> None:
     assert json.loads(response.texts[0]) == {"asked": {"model_info": {}}}
     assert bench.engine.submitted == []
     assert not any("model_info" in line for line in fake_pb.Logger.lines)
+    unknown = Request({"utility_request": text('{"unknown": {}}')}, request_id="a-utility")
     wrong = Request({"utility_request": text("[]")})
-    bench.backend.execute([wrong])
-    assert error_of(wrong.sender)[0] == "INVALID_ARG"
+    bench.backend.execute([unknown, wrong])
+    assert error_of(unknown.sender)[0] == error_of(wrong.sender)[0] == "INVALID_ARG"
+    assert not any("a-utility" in line for line in lines_after(bench, "counted"))
 
 
 def test_errors_of_the_request_itself(bench: Bench) -> None:

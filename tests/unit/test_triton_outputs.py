@@ -56,7 +56,7 @@ def test_deltas_that_gathered_leave_as_one() -> None:
 def test_types_and_shapes() -> None:
     every = assembler(
         "finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens", "token_ids",
-        "timings", n=2,
+        "timings", "prompt_logprobs", "stop_reason", n=2,
     )  # fmt: skip
     every.add(delta(item(0, "a", 1, 2), item(1, "b", 3, finish=FinishReason.STOP)))
     arrays = every.take()
@@ -69,6 +69,8 @@ def test_types_and_shapes() -> None:
         "num_output_tokens": (np.uint32, (2,)),
         "token_ids": (np.int32, (3,)),
         "timings": (np.object_, (1,)),
+        "prompt_logprobs": (np.object_, (1,)),
+        "stop_reason": (np.object_, (2,)),
     }
     assert arrays["finish_reason"].tolist() == [b"None", b"stop"]
     assert arrays["logprobs"].tolist() == [b"null", b"null"]
@@ -116,6 +118,32 @@ def test_echo_goes_to_every_sequence() -> None:
     whole.add(delta(item(0, " a", 1), item(1, " b", 2)))
     whole.add(delta(item(0, " c", 3), item(1, " d", 4), finished=True))
     assert texts(whole.take()) == ["Hi a c", "Hi b d"]
+
+
+def test_logprobs_of_the_prompt_come_once() -> None:
+    scored = assembler("prompt_logprobs")
+    output = delta(item(0, "a", 1))
+    output.prompt_logprobs = [None, {7: Logprob(-0.25, 2, "x"), 8: Logprob(float("-inf"), 1, "y")}]
+    scored.add(output)
+    assert json.loads(scored.take()["prompt_logprobs"][0]) == [
+        None,
+        {
+            "7": {"logprob": -0.25, "rank": 2, "decoded_token": "x"},
+            "8": {"logprob": -9999.0, "rank": 1, "decoded_token": "y"},
+        },
+    ]
+    scored.add(output)
+    assert scored.take()["prompt_logprobs"].tolist() == [b"null"]
+
+
+def test_stop_reasons_are_json_and_stay() -> None:
+    three = assembler("stop_reason", n=3)
+    by_text, by_id = item(0, "a", 1, finish=FinishReason.STOP), item(2, "c", 9, finish=FinishReason.STOP)
+    by_text.stop_reason, by_id.stop_reason = 'the "end"', 9
+    three.add(delta(by_text, item(1, "b", 2)))
+    assert [json.loads(value) for value in three.take()["stop_reason"]] == ['the "end"', None, None]
+    three.add(delta(item(1, "b", 3, finish=FinishReason.LENGTH), by_id, finished=True))
+    assert [json.loads(value) for value in three.take()["stop_reason"]] == ['the "end"', None, 9]
 
 
 def test_infinite_logprobs_are_valid_json() -> None:

@@ -28,6 +28,10 @@ def test_a_text(inputs: InputProcessor) -> None:
     assert answer["token_strs"] == ["Hello", "Ġthere"]
     assert answer["max_model_len"] == 64
     assert answer_utility(inputs, {"detokenize": {"tokens": answer["tokens"]}}) == {"prompt": "Hello there"}
+    for body in ({"tokenize": {"prompt": "Hello there"}}, {"detokenize": {"tokens": answer["tokens"]}}):
+        ((kind, asked),) = body.items()
+        texts = answer_utility(inputs, {kind: {**asked, "return_token_texts": True}})["token_texts"]
+        assert texts == ["Hello", " there"]
 
 
 def test_a_chat_goes_through_the_template(inputs: InputProcessor) -> None:

@@ -19,7 +19,7 @@ class GrammarBackend(Protocol):
     """Compiles grammars beside the step loop, and computes which tokens they allow."""
 
     def compile(self, params: StructuredOutputsParams) -> "Future[Matcher]":
-        """Begin; the future's exception is a `CharoniaError` where the grammar is at fault."""
+        """Begin; the future's exception is a `CharoniaError` where the grammar is at fault. Cancelling it gives up."""
 
     def fill_masks(
         self, matchers: Sequence[Matcher], suppressed: Sequence[Collection[int]]
@@ -89,7 +89,10 @@ class Constraints:
 
     def forget(self, request: Request) -> None:
         """A request has ended, in whatever state."""
-        if self._compiling.pop(request.request_id, None) is None and request.matcher is not None:
+        compiling = self._compiling.pop(request.request_id, None)
+        if compiling is not None:
+            compiling[1].cancel()
+        elif request.matcher is not None:
             self._num_live -= 1
             request.matcher = None
 

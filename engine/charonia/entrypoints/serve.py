@@ -20,8 +20,11 @@ from charonia.entrypoints.ports import PortUse, check_ports, connect_host
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.supervisor import StopRequest, Supervised, Supervisor
 from charonia.entrypoints.triton_server import TritonServer
+from charonia.model_config import ModelConfig
 
-_EXAMPLE = {"text_input": "The trumpet shell is", "stream": True, "max_tokens": 64}
+_TEXT = "The trumpet shell is"
+_GENERATE = {"text_input": _TEXT, "stream": True, "max_tokens": 64}
+_EMBED = {"text_input": "", "embedding_request": json.dumps({"input": _TEXT})}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +195,9 @@ def ready_message(
 ) -> str:
     """What a user needs to know once the server is ready, with a command to try."""
     address = f"http://{server.http_url}"
-    url = f"{address}/v2/models/{settings.model_name}/generate_stream"
+    generates = ModelConfig.from_dir(settings.model).generates
+    route, example = ("generate_stream", _GENERATE) if generates else ("generate", _EMBED)
+    url = f"{address}/v2/models/{settings.model_name}/{route}"
     return "\n".join(
         [
             f"Ready after {took_s:.1f} s: {Path(settings.model).name} as model {settings.model_name!r}",
@@ -203,7 +208,7 @@ def ready_message(
                 else [f"  OpenAI API {gateway.settings.url}/v1   chat {gateway.settings.url}/"]
             ),
             "Try it:",
-            f"  curl -N {url} -d {shlex.quote(json.dumps(_EXAMPLE))}",
+            f"  curl -N {url} -d {shlex.quote(json.dumps(example))}",
             "Ctrl-C stops it.",
         ]
     )

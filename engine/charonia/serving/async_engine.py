@@ -1,6 +1,7 @@
 """A frontend's side of the engine: submit, stream, abort. Any number of frontends share one engine process."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -293,7 +294,11 @@ class AsyncEngine:
             elif isinstance(command, _Shutdown):
                 self._closing = True
         for handle in handles.values():
-            handle.sink.on_error(EngineDeadError(f"the engine was lost: {error}"))
+            try:
+                handle.sink.on_error(EngineDeadError(f"the engine was lost: {error}"))
+            except Exception:
+                # One sink at fault must not leave the other requests waiting.
+                logger.exception("a request could not be told that the engine was lost")
 
     def _serve(self, link: EngineLink) -> None:
         """Shuttle messages until shutdown. Raises `EngineLostError`."""
@@ -382,5 +387,6 @@ class _QueueSink:
         self._put(error)
 
     def _put(self, item: RequestOutput | EmbeddingRequestOutput | CharoniaError) -> None:
-        if not self._loop.is_closed():
+        # A loop that has been closed has nobody who waits.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)

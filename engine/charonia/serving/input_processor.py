@@ -13,6 +13,9 @@ from charonia.serving.request import ChatInput, EmbeddingRequest, GenerationRequ
 from charonia.text import Tokenizer
 from charonia.text.chat import render_chat
 
+MAX_PROMPT_LOGPROBS = 1 << 20
+"""Log-probabilities of one prompt: tokens times alternatives. Each takes about 100 bytes of the response."""
+
 
 class InputProcessor:
     """Turns requests into token ids and checks everything that a client can get wrong. Thread-safe.
@@ -102,7 +105,7 @@ class InputProcessor:
     ) -> list[EngineRequest]:
         """One engine request per sequence (`n`), with ids from `first_id` on. Raises `InvalidRequestError`."""
         params = request.params
-        self._check_params(params)
+        self._check_params(params, len(token_ids))
         room = self.max_model_len - len(token_ids)
         stop_ids = list(params.stop_token_ids)
         if not params.ignore_eos:
@@ -172,7 +175,14 @@ class InputProcessor:
             )
         return token_ids
 
-    def _check_params(self, params: SamplingParams) -> None:
+    def _check_params(self, params: SamplingParams, prompt_length: int) -> None:
+        if params.prompt_logprobs is not None:
+            count = prompt_length * (params.prompt_logprobs + 1)
+            if count > MAX_PROMPT_LOGPROBS:
+                raise InvalidRequestError(
+                    f"sampling parameter 'prompt_logprobs': {prompt_length} tokens with {params.prompt_logprobs} "
+                    f"alternatives are more than {MAX_PROMPT_LOGPROBS} log-probabilities"
+                )
         self._check_ids("sampling parameter 'stop_token_ids'", params.stop_token_ids)
         self._check_ids("sampling parameter 'logit_bias'", list(params.logit_bias))
         self._check_ids("sampling parameter 'allowed_token_ids'", params.allowed_token_ids or [])

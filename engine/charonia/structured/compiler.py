@@ -40,7 +40,7 @@ class GrammarCompiler:
         self._eos_token_ids = eos_token_ids
         self._python = python
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="charonia-grammar")
-        self._compiled: OrderedDict[bytes, Future[SequenceMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[bytes, _Compilation] = OrderedDict()
         self._sandbox: Sandbox | None = None
         self._filler: MaskFiller | None = None
         # Building the tokenizer holds the interpreter's lock: at the start that delays no step.
@@ -49,15 +49,14 @@ class GrammarCompiler:
     def compile(self, params: StructuredOutputsParams) -> "Future[Matcher]":
         """Begin to compile, or take what has been compiled before."""
         key = msgspec.json.encode(params)
-        base = self._compiled.get(key)
-        if base is None or _worth_another_try(base):
-            base = self._compiled[key] = self._thread.submit(self._compile, key)
+        compilation = self._compiled.get(key)
+        if compilation is None or compilation.worth_another_try:
+            compilation = self._compiled[key] = _Compilation(key)
+            compilation.result = self._thread.submit(self._compile, compilation)
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        matcher: Future[Matcher] = Future()
-        base.add_done_callback(lambda done: _hand_on(done, matcher))
-        return matcher
+        return compilation.join()
 
     def fill_masks(
         self, matchers: Sequence[Matcher], suppressed: Sequence[Collection[int]]
@@ -97,23 +96,54 @@ class GrammarCompiler:
         self._filler = MaskFiller(-(-size // 32))
         return tokenizer
 
-    def _compile(self, key: bytes) -> SequenceMatcher:
+    def _compile(self, compilation: "_Compilation") -> SequenceMatcher:
         tokenizer = self._tokenizer.result()
         assert self._sandbox is not None, "built with the tokenizer"
-        grammar = self._sandbox.try_out(key)
+        grammar = self._sandbox.try_out(compilation.params)
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
         if matcher.is_error():
             raise uncompilable(matcher.get_error())
         return SequenceMatcher(matcher, frozenset(tokenizer.eos_tokens))
 
 
-def _worth_another_try(base: "Future[SequenceMatcher]") -> bool:
-    """Whether a compilation failed for a reason that may have gone."""
-    return base.done() and isinstance(base.exception(), EngineDeadError)
+class _Compilation:
+    """One grammar, and the sequences that wait for it. For the thread that calls `GrammarCompiler.compile`.
+
+    What all have left before its turn came is not compiled, and keeps no memory until then.
+    """
+
+    result: Future[SequenceMatcher]
+
+    def __init__(self, params: bytes) -> None:
+        """params: JSON of `StructuredOutputsParams`."""
+        self.params = params
+        self._num_waiting = 0
+
+    @property
+    def worth_another_try(self) -> bool:
+        """Whether it was abandoned, or failed for a reason that may have gone."""
+        result = self.result
+        return result.cancelled() or (result.done() and isinstance(result.exception(), EngineDeadError))
+
+    def join(self) -> "Future[Matcher]":
+        """For one more sequence, which leaves by cancelling it."""
+        matcher: Future[Matcher] = Future()
+        self._num_waiting += 1
+        matcher.add_done_callback(self._note_left)
+        self.result.add_done_callback(lambda done: _hand_on(done, matcher))
+        return matcher
+
+    def _note_left(self, matcher: "Future[Matcher]") -> None:
+        if matcher.cancelled():
+            self._num_waiting -= 1
+            if self._num_waiting == 0 and self.result.cancel():
+                self.params = b""
 
 
 def _hand_on(base: "Future[SequenceMatcher]", matcher: "Future[Matcher]") -> None:
     """A matcher of its own for one sequence, or the error."""
+    if not matcher.set_running_or_notify_cancel():
+        return
     try:
         compiled = base.result()
         matcher.set_result(SequenceMatcher(compiled.native.deep_copy(), compiled.end_token_ids))
@@ -121,7 +151,8 @@ def _hand_on(base: "Future[SequenceMatcher]", matcher: "Future[Matcher]") -> Non
         matcher.set_exception(error)
     except CancelledError:
         matcher.set_exception(EngineDeadError("the engine is shutting down"))
-    except Exception:
+    except BaseException:
+        # A panic of native code is no Exception, and would end the thread.
         logger.exception("a grammar could not be compiled")
         matcher.set_exception(
             InvalidRequestError("sampling parameter 'structured_outputs' cannot be compiled")

@@ -66,12 +66,18 @@ class Sandbox:
     def try_out(self, params: bytes) -> str:
         """Compile `StructuredOutputsParams` (JSON), and return the grammar's text.
 
-        Raises `InvalidRequestError`, or `EngineDeadError` when the process cannot be started.
+        Raises `InvalidRequestError`, or `EngineDeadError` when the process cannot be started or gets no time to run.
         """
         process = self._process or self._start()
         try:
             _send(process, params)
             answer = _receive(process, MAX_WALL_SECONDS)
+        except TimeoutError:
+            # Its own limit, of CPU time, has not been reached: that is the machine's fault, not the grammar's.
+            self.close()
+            raise EngineDeadError(
+                "structured outputs: the grammar could not be compiled in time; retry later"
+            ) from None
         except OSError:
             answer = None
         if answer is None:
@@ -124,13 +130,12 @@ def _send(process: "subprocess.Popen[bytes]", frame: bytes) -> None:
 
 
 def _receive(process: "subprocess.Popen[bytes]", seconds: float) -> bytes | None:
-    """The next frame; None if it does not come in time, or never."""
+    """The next frame; None if it never comes. Raises `TimeoutError`."""
     assert process.stdout is not None, "opened as a pipe"
     deadline = time.monotonic() + seconds
     head = _read(process.stdout, _LENGTH.size, deadline)
-    if head is None:
-        return None
-    return _read(process.stdout, _LENGTH.unpack(head)[0], deadline)
+    size = 0 if head is None else _LENGTH.unpack(head)[0]
+    return _read(process.stdout, size, deadline) if 0 < size <= MAX_FRAME_BYTES else None
 
 
 def _read(stream: IO[bytes], size: int, deadline: float) -> bytes | None:
@@ -139,7 +144,7 @@ def _read(stream: IO[bytes], size: int, deadline: float) -> bytes | None:
     poller.register(stream, select.POLLIN)
     while len(data) < size:
         if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            return None
+            raise TimeoutError
         part = stream.read(size - len(data))
         if not part:
             return None

@@ -63,6 +63,7 @@ class Intake:
         try:
             utility = parse_utility(raw)
             if utility is not None:
+                request.is_utility = True
                 request.answer_utility(self._engine.answer_utility(utility))
                 return
             parsed = parse_request(raw, self._ignored_parameters)

@@ -51,7 +51,7 @@ class LiveRequest:
         self.assembler: ResponseAssembler | EmbeddingAssembler | None = None
         self.first_sent_at: float | None = None
         self.is_utility = False
-        """Whether it was answered without the engine; such requests are not counted."""
+        """Whether it needs no engine; such requests are not counted."""
         self.submitted = False
         """Whether the engine has taken the request."""
         self._sender: PbResponseSender | None = sender
@@ -122,7 +122,6 @@ class LiveRequest:
 
     def answer_utility(self, answer: Mapping[str, Any]) -> None:
         """Answer with a JSON object: the request was one that needs no engine."""
-        self.is_utility = True
         self.assembler = ResponseAssembler(self.options, 1)
         text = msgspec.json.encode(answer).decode()
         output = CompletionOutput(0, text, finish_reason=FinishReason.STOP)

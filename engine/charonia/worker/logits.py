@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from charonia.worker.batch import SampledRow
@@ -21,7 +22,7 @@ def apply_constraints(
 ) -> bool:
     """Allowed tokens, bias, grammars, minimum length and bad words, in place; whether any token was excluded.
 
-    logits: [S, V] fp32. allowed: [V] bool by row, of those that follow a grammar.
+    logits: [S, V] fp32, on the CPU. allowed: [V] bool by row, of those that follow a grammar.
     """
     excluded = False
     for i, (item, state) in enumerate(zip(sampled, states, strict=True)):
@@ -31,7 +32,8 @@ def apply_constraints(
             excluded = True
         mask = allowed.get(item.row)
         if mask is not None:
-            logits[i].masked_fill_(~mask, NEG_INF)
+            # NumPy's masked copy is several times faster than PyTorch's, where masks are mostly of one value.
+            np.copyto(logits[i].numpy(), NEG_INF, where=~mask.numpy())
             excluded = True
         if state.stop_token_ids and item.position - state.num_prompt < state.sampling.min_tokens:
             logits[i, state.stop_token_ids] = NEG_INF

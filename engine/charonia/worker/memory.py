@@ -1,10 +1,14 @@
 """How many KV-cache blocks fit."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from charonia.config import GIB, EngineConfig
 from charonia.errors import ConfigError
+from charonia.worker.cuda_graphs import StepGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,32 @@ def cpu_budget_bytes(config: EngineConfig) -> int:
     """The CPU's KV-cache budget: `cpu_kv_cache_gib`, but no more than a quarter of the machine's memory."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(int(config.cpu_kv_cache_gib * GIB), total // 4)
+
+
+def measure_gpu_budget(
+    config: EngineConfig,
+    device: torch.device,
+    run_largest_step: Callable[[], None],
+    graphs: StepGraphs | None,
+) -> int:
+    """Run the largest step and capture the largest graphs, on the null block alone, and see what they leave."""
+    torch.cuda.reset_peak_memory_stats(device)
+    run_largest_step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    graphs_take = 0
+    if graphs is not None:
+        free_before, _ = torch.cuda.mem_get_info(device)
+        keys = graphs.sizes.keys()
+        with torch.inference_mode():
+            graphs.capture([keys[0], next(key for key in keys if key.decodes_only)])
+        graphs_take = free_before - torch.cuda.mem_get_info(device)[0]
+        graphs.clear()
+        torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    used_elsewhere = total - free - torch.cuda.memory_reserved(device)
+    return gpu_budget_bytes(config, total=total, used_elsewhere=used_elsewhere, peak=peak + graphs_take)
 
 
 def gpu_budget_bytes(config: EngineConfig, *, total: int, used_elsewhere: int, peak: int) -> int:

@@ -16,7 +16,7 @@ from charonia.worker.attention import KVCache, PagedAttention
 from charonia.worker.batch import InputBatch, StepBuffers, StepLayout
 from charonia.worker.cuda_graphs import GraphKey, GraphSizes, StepGraphs, dry_run_keys
 from charonia.worker.device_sampler import DeviceSampler
-from charonia.worker.memory import KVCacheSize, cpu_budget_bytes, gpu_budget_bytes, size_kv_cache
+from charonia.worker.memory import KVCacheSize, cpu_budget_bytes, measure_gpu_budget, size_kv_cache
 from charonia.worker.pooling import PendingEmbeddings, Pooler
 from charonia.worker.results import DeviceStep, HostTokens, PendingTokens, TokenOutbox
 from charonia.worker.rows import RequestRows
@@ -114,7 +114,17 @@ class ModelRunner:
 
     def allocate_cache(self) -> KVCacheSize:
         """Allocate the KV cache; returns its size. Raises `ConfigError` if one sequence of full length does not fit."""
-        size = self._size_kv_cache()
+        model, setup = self._model_config, self._setup
+        if setup.device.type == "cpu":
+            available, budget_name = cpu_budget_bytes(self._config), "cpu_kv_cache_gib"
+        else:
+            available = measure_gpu_budget(self._config, setup.device, self._run_largest_step, self._graphs)
+            budget_name = "gpu_memory_utilization"
+        size = size_kv_cache(
+            self._config, max_model_len=setup.max_model_len, block_size=setup.block_size,
+            bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * setup.kv_dtype.itemsize,
+            available_bytes=available, budget_name=budget_name,
+        )  # fmt: skip
         self._cache = self._allocate_cache(size.num_blocks)
         return size
 
@@ -295,41 +305,7 @@ class ModelRunner:
             block_size=setup.block_size, head_dim=model.head_dim, dtype=setup.kv_dtype, device=setup.device,
         )  # fmt: skip
 
-    def _size_kv_cache(self) -> KVCacheSize:
-        model, setup = self._model_config, self._setup
-        bytes_per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * setup.kv_dtype.itemsize
-        if setup.device.type == "cpu":
-            available, budget_name = cpu_budget_bytes(self._config), "cpu_kv_cache_gib"
-        else:
-            available, budget_name = self._measure_gpu_budget(), "gpu_memory_utilization"
-        return size_kv_cache(
-            self._config, max_model_len=setup.max_model_len, block_size=setup.block_size,
-            bytes_per_token=bytes_per_token, available_bytes=available, budget_name=budget_name,
-        )  # fmt: skip
-
     @torch.inference_mode()
-    def _measure_gpu_budget(self) -> int:
-        """Run the largest step and capture the largest graphs, on the null block alone, and see what they take."""
-        device = self._setup.device
-        torch.cuda.reset_peak_memory_stats(device)
-        self._run_largest_step()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.empty_cache()
-        graphs_take = 0
-        if self._graphs is not None:
-            free_before, _ = torch.cuda.mem_get_info(device)
-            keys = self._graphs.sizes.keys()
-            self._graphs.capture([keys[0], next(key for key in keys if key.decodes_only)])
-            graphs_take = free_before - torch.cuda.mem_get_info(device)[0]
-            self._graphs.clear()
-            torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(device)
-        used_elsewhere = total - free - torch.cuda.memory_reserved(device)
-        return gpu_budget_bytes(
-            self._config, total=total, used_elsewhere=used_elsewhere, peak=peak + graphs_take
-        )
-
     def _run_largest_step(self) -> None:
         """A full token budget in as many rows as there are, drawn in the mode that takes the most memory."""
         setup = self._setup
