@@ -13,7 +13,8 @@ from llguidance import LLMatcher, LLTokenizer
 from charonia.errors import CharoniaError, EngineDeadError, InvalidRequestError, UnsupportedError
 from charonia.request import Matcher
 from charonia.structured.grammar import parser_limits, uncompilable
-from charonia.structured.matcher import MaskFiller, SequenceMatcher
+from charonia.structured.matcher import MaskFiller, SequenceMatcher, num_mask_threads
+from charonia.structured.origins import Origins
 from charonia.structured.sandbox import Sandbox, Setup
 from charonia.structured_params import StructuredOutputsParams
 from charonia.text.tokenizer_files import read_tokenizer_files
@@ -56,7 +57,7 @@ class GrammarCompiler:
             if len(self._compiled) > MAX_CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return compilation.join()
+        return compilation.join(self._thread)
 
     def fill_masks(
         self, matchers: Sequence[Matcher], suppressed: Sequence[Collection[int]]
@@ -96,14 +97,18 @@ class GrammarCompiler:
         self._filler = MaskFiller(-(-size // 32))
         return tokenizer
 
-    def _compile(self, compilation: "_Compilation") -> SequenceMatcher:
+    def _compile(self, compilation: "_Compilation") -> Origins:
         tokenizer = self._tokenizer.result()
         assert self._sandbox is not None, "built with the tokenizer"
         grammar = self._sandbox.try_out(compilation.params)
-        matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
-        if matcher.is_error():
-            raise uncompilable(matcher.get_error())
-        return SequenceMatcher(matcher, frozenset(tokenizer.eos_tokens))
+
+        def compile_grammar() -> LLMatcher:
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+            if matcher.is_error():
+                raise uncompilable(matcher.get_error())
+            return matcher
+
+        return Origins(compile_grammar, frozenset(tokenizer.eos_tokens), num_mask_threads())
 
 
 class _Compilation:
@@ -112,7 +117,7 @@ class _Compilation:
     What all have left before its turn came is not compiled, and keeps no memory until then.
     """
 
-    result: Future[SequenceMatcher]
+    result: Future[Origins]
 
     def __init__(self, params: bytes) -> None:
         """params: JSON of `StructuredOutputsParams`."""
@@ -125,13 +130,23 @@ class _Compilation:
         result = self.result
         return result.cancelled() or (result.done() and isinstance(result.exception(), EngineDeadError))
 
-    def join(self) -> "Future[Matcher]":
-        """For one more sequence, which leaves by cancelling it."""
+    def join(self, thread: ThreadPoolExecutor) -> "Future[Matcher]":
+        """For one more sequence, which leaves by cancelling it. thread: which compiles."""
         matcher: Future[Matcher] = Future()
         self._num_waiting += 1
         matcher.add_done_callback(self._note_left)
-        self.result.add_done_callback(lambda done: _hand_on(done, matcher))
+        if self._is_crowded:
+            thread.submit(_hand_on, self.result, matcher)
+        else:
+            self.result.add_done_callback(lambda done: _hand_on(done, matcher))
         return matcher
+
+    @property
+    def _is_crowded(self) -> bool:
+        result = self.result
+        return (
+            result.done() and not result.cancelled() and not result.exception() and result.result().is_crowded
+        )
 
     def _note_left(self, matcher: "Future[Matcher]") -> None:
         if matcher.cancelled():
@@ -140,13 +155,12 @@ class _Compilation:
                 self.params = b""
 
 
-def _hand_on(base: "Future[SequenceMatcher]", matcher: "Future[Matcher]") -> None:
+def _hand_on(origins: "Future[Origins]", matcher: "Future[Matcher]") -> None:
     """A matcher of its own for one sequence, or the error."""
     if not matcher.set_running_or_notify_cancel():
         return
     try:
-        compiled = base.result()
-        matcher.set_result(SequenceMatcher(compiled.native.deep_copy(), compiled.end_token_ids))
+        matcher.set_result(origins.result().branch())
     except CharoniaError as error:
         matcher.set_exception(error)
     except CancelledError:

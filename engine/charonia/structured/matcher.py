@@ -16,8 +16,10 @@ _ENDED = frozenset({"NoExtension", "NoExtensionBias", "EndOfSentence"})
 class SequenceMatcher:
     """A `charonia.request.Matcher` of llguidance."""
 
-    def __init__(self, matcher: LLMatcher, end_token_ids: frozenset[int]) -> None:
+    def __init__(self, matcher: LLMatcher, end_token_ids: frozenset[int], *, origin: int = 0) -> None:
+        """origin: masks of matchers that have it in common are not computed at the same time."""
         self.native = matcher
+        self.origin = origin
         self.end_token_ids = end_token_ids
         self.complete = False
         self.error: str | None = None
@@ -47,13 +49,18 @@ class SequenceMatcher:
             self.complete = True
 
 
+def num_mask_threads() -> int:
+    """Threads that compute the masks of a step."""
+    return max(1, min(MAX_THREADS, len(sched_getaffinity(0)) * 3 // 4))
+
+
 class MaskFiller:
     """Computes the masks of a step. words_per_row: of the vocabulary that the matchers' tokenizer has."""
 
     def __init__(self, words_per_row: int) -> None:
         self.words_per_row = words_per_row
         self._masks = np.zeros((0, words_per_row), np.int32)
-        self._executor = LLExecutor(max(1, min(MAX_THREADS, len(sched_getaffinity(0)) * 3 // 4)))
+        self._executor = LLExecutor(num_mask_threads())
 
     def fill(
         self, matchers: Sequence[SequenceMatcher], suppressed: Sequence[Collection[int]]
@@ -68,7 +75,9 @@ class MaskFiller:
         masks = self._masks[:count]
         address, row_bytes = masks.ctypes.data, width * 4
         if count >= MIN_ROWS_IN_PARALLEL:
-            rows = [(matcher.native, i) for i, matcher in enumerate(matchers)]
+            # Threads take neighbours: those that would wait for one another come together.
+            order = sorted(range(count), key=lambda i: matchers[i].origin)
+            rows = [(matchers[i].native, i) for i in order]
             self._executor.unsafe_compute_mask_ptr(rows, address, row_bytes, count)
         else:
             for i, matcher in enumerate(matchers):
