@@ -56,7 +56,7 @@ def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=default_workers(),
         metavar="N",
-        help="processes of the gateway; the default is one for every eight cores, here %(default)s",
+        help="processes of the gateway; the default is one for every four cores, here %(default)s",
     )
     group.add_argument(
         "--api-key",
@@ -87,8 +87,8 @@ def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def default_workers() -> int:
-    """One for every eight cores: a worker passes on some thousand tokens a second."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 8))
+    """One for every four cores: four of them pass on all that an 8B model on one GPU says."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
 
 
 def gateway_settings(options: argparse.Namespace, report: Callable[[str], None]) -> GatewaySettings | None:
