@@ -1,5 +1,6 @@
 """Grammars over the default model's tokenizer: what they allow, and what compiling them may cost."""
 
+import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -170,7 +171,9 @@ def test_a_busy_machine_is_not_the_grammars_fault(
 ) -> None:
     matcher(compiler, regex="started")
     with monkeypatch.context() as patched:
-        patched.setattr("charonia.structured.sandbox.MAX_WALL_SECONDS", 0.0)
+        patched.setattr("charonia.structured.sandbox.MAX_WALL_SECONDS", 0.2)
+        assert compiler._sandbox is not None and compiler._sandbox._process is not None
+        compiler._sandbox._process.send_signal(signal.SIGSTOP)
         with pytest.raises(EngineDeadError, match="retry later"):
             matcher(compiler, regex="busy")
     assert matcher(compiler, regex="busy").error is None

@@ -20,6 +20,7 @@ from charonia.entrypoints.ports import PortUse, check_ports, connect_host
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.supervisor import StopRequest, Supervised, Supervisor
 from charonia.entrypoints.triton_server import TritonServer
+from charonia.errors import CharoniaError
 from charonia.model_config import ModelConfig
 
 _TEXT = "The trumpet shell is"
@@ -190,13 +191,20 @@ def _gateway(
     )
 
 
+def _generates(model: str) -> bool:
+    """Whether a model writes text. One that only the server understands is taken to."""
+    try:
+        return ModelConfig.from_dir(model).generates
+    except CharoniaError:
+        return True
+
+
 def ready_message(
     settings: ServeSettings, server: TritonServer, took_s: float, gateway: GatewayProcess | None = None
 ) -> str:
     """What a user needs to know once the server is ready, with a command to try."""
     address = f"http://{server.http_url}"
-    generates = ModelConfig.from_dir(settings.model).generates
-    route, example = ("generate_stream", _GENERATE) if generates else ("generate", _EMBED)
+    route, example = ("generate_stream", _GENERATE) if _generates(settings.model) else ("generate", _EMBED)
     url = f"{address}/v2/models/{settings.model_name}/{route}"
     return "\n".join(
         [
