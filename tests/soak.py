@@ -69,7 +69,7 @@ class Log:
             if error is not None and _FULL in str(error):
                 self.refused += 1
             elif error is not None:
-                text = f"{name}: {type(error).__name__}: {str(error)[:300]}"
+                text = f"{name}: {type(error).__name__}: {str(error)[-300:]}"
                 self.failures.append((time.monotonic(), text))
 
 

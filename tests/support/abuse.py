@@ -245,6 +245,7 @@ async def slow_reader(target: Target, rng: random.Random) -> None:
     writer.close()
     head, _, answer = b"".join(pieces).partition(b"\r\n\r\n")
     assert b" 200 " in head.splitlines()[0], answer[:300]
+    assert b'"error"' not in answer, answer[-300:]
     events = re.findall(rb"^data: (.*)$", answer, re.MULTILINE)
     assert "".join(json.loads(event)["text_output"] for event in events) == canary.text
 
