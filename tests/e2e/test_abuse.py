@@ -19,9 +19,9 @@ THREADS, CONCURRENCY = 2, 12
 CLEAR_MARGIN = 1e-3
 GROWTH_MB = {"stub": 48.0, "engine": 96.0, "server": 80.0}
 """What a process may add while the second half of the requests runs. After some 2,000 requests stubs swing by 10 around
-118, as huge prompts come and go. The engine grows to some 600 in its first 10,000, as grammars and shapes of batches come
-up, and stands still there for the next 50,000 (`soak.py`). The server's own code gains 10 to 40 in 1,000 malformed and
-broken-off requests."""
+118, as huge prompts come and go. The engine grows to some 600 in its first 10,000, as grammars and shapes of batches
+come up, and stands still there for the next 50,000 (`soak.py`). The server's own code gains 10 to 40 in 1,000 malformed
+and broken-off requests."""
 GOOD_COUNT, GOOD_GROWTH_MB = 300, 4.0
 """Good requests alone leave nothing behind."""
 
