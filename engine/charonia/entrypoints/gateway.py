@@ -13,6 +13,7 @@ from pathlib import Path
 from charonia.entrypoints.engine_flags import engine_settings
 from charonia.entrypoints.launch_error import LaunchError
 from charonia.entrypoints.ports import connect_host, http_status
+from charonia.entrypoints.processes import one_for_four_cores
 from charonia.entrypoints.server_log import ServerLog
 from charonia.entrypoints.spawn import spawn_tied
 from charonia.entrypoints.supervisor import RestartBudget, RestartPolicy
@@ -88,7 +89,7 @@ def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
 
 def default_workers() -> int:
     """One for every four cores: four of them pass on all that an 8B model on one GPU says."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+    return one_for_four_cores()
 
 
 def gateway_settings(options: argparse.Namespace, report: Callable[[str], None]) -> GatewaySettings | None:

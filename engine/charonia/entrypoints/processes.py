@@ -115,6 +115,11 @@ def _pid_namespace() -> int:
     return (_PROC / "self" / "ns" / "pid").stat().st_ino
 
 
+def one_for_four_cores() -> int:
+    """A number of processes that leaves cores for those they work with: one for every four, from 1 to 8."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+
+
 def launch_folder(token: LaunchToken, purpose: str) -> Path:
     """Path of a temporary folder that carries the token in its name; to be made with mode 0700."""
     return _temp_root() / f"{token}_{purpose}"

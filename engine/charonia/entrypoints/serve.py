@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import sys
@@ -17,6 +16,7 @@ from charonia.entrypoints.engine_flags import add_engine_flags, engine_settings
 from charonia.entrypoints.fetch_model import prepare_default_model
 from charonia.entrypoints.gateway import GatewayProcess, GatewaySettings, add_gateway_flags, gateway_settings
 from charonia.entrypoints.ports import PortUse, check_ports, connect_host
+from charonia.entrypoints.processes import one_for_four_cores
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.supervisor import StopRequest, Supervised, Supervisor
 from charonia.entrypoints.triton_server import TritonServer
@@ -107,7 +107,7 @@ def _parameter(text: str) -> tuple[str, str]:
 
 def default_instances() -> int:
     """One for every four cores: a frontend keeps about one busy, the server and the clients need the others."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 4))
+    return one_for_four_cores()
 
 
 def run(options: argparse.Namespace) -> int:
