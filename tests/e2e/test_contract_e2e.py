@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,12 +36,24 @@ def stub(narrow: Served) -> Iterator[Any]:
 
 
 def grpc_error(stub: Any, request: Any) -> tuple[str, str]:
-    """Status code and text of the error that ends a request."""
-    call = stub.ModelStreamInfer(iter([request]), metadata=[("triton_grpc_error", "true")], timeout=60)
+    """Status code and text of the error that ends a request.
+
+    The stream of requests stays open until then: servers of release 24.10 may crash when a client that asks for
+    codes closes it just as an error is on its way.
+    """
+    answered = threading.Event()
+
+    def requests() -> Iterator[Any]:
+        yield request
+        answered.wait(60)
+
+    call = stub.ModelStreamInfer(requests(), metadata=[("triton_grpc_error", "true")], timeout=60)
     try:
         answers = list(call)
     except grpc.RpcError as error:
         return error.code().name, error.details()
+    finally:
+        answered.set()
     raise AssertionError(f"no error: {answers}")
 
 
