@@ -6,6 +6,7 @@ cache. A child touches neither the GPU nor anything of the parent's.
 """
 
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,8 @@ from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.jit import JITFunction
 
 CHILDREN_TIMEOUT_S = 120.0
-_POLL_S = 0.005
 _NUMBER_BYTES = 2
+"""Of a call's number in a pipe: written and read at once, so that no number is ever torn."""
 
 Call = Callable[[], Any]
 
@@ -53,50 +54,74 @@ class ForkingExecutor(Executor):
         return future
 
     def run(self) -> None:
-        """Make all calls; what they raise is in their futures."""
+        """Make all calls; what they raise is in their futures.
+
+        A call is made here as soon as a child is through with it, while the children go on with others.
+        """
         calls, self._calls = self._calls, []
+        left = dict(enumerate(calls))
         num_children = min(self._num_processes, len(calls))
         if num_children > 1:
-            # A pipe full of numbers, which children take one at a time: whoever is free has the next call.
-            numbers, end = os.pipe()
-            os.write(end, b"".join(i.to_bytes(_NUMBER_BYTES, "little") for i in range(len(calls))))
-            os.close(end)
-            work = [call for call, _ in calls]
-            _wait_for([_fork(work, numbers, self._finish) for _ in range(num_children)])
-            os.close(numbers)
-        for call, future in calls:
-            try:
-                future.set_result(call())
-            except Exception as error:
-                future.set_exception(error)
+            with _Children([call for call, _ in calls], num_children, self._finish) as children:
+                for number in children.completed():
+                    _make(*left.pop(number))
+        for call, future in left.values():
+            _make(call, future)
 
 
-def _fork(work: Sequence[Call], numbers: int, finish: Callable[[Any], object]) -> int:
-    """A child that makes calls until there is no number left. Whatever happens, nothing of the parent's runs in it."""
+def _make(call: Call, future: "Future[Any]") -> None:
+    try:
+        future.set_result(call())
+    except Exception as error:
+        future.set_exception(error)
+
+
+class _Children:
+    """Forked processes that share out calls among them: whoever is free has the next one."""
+
+    def __init__(self, calls: Sequence[Call], num_children: int, finish: Callable[[Any], object]) -> None:
+        todo, end = os.pipe()
+        os.write(end, b"".join(i.to_bytes(_NUMBER_BYTES, "little") for i in range(len(calls))))
+        os.close(end)
+        self._done, done = os.pipe()
+        self._pids = [_fork(calls, todo, done, finish) for _ in range(num_children)]
+        os.close(todo)
+        os.close(done)
+
+    def __enter__(self) -> "_Children":
+        return self
+
+    def completed(self) -> Iterator[int]:
+        """Numbers of the calls as they are completed, until every child has ended or time is up."""
+        deadline = time.monotonic() + CHILDREN_TIMEOUT_S
+        while select.select([self._done], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            number = os.read(self._done, _NUMBER_BYTES)
+            if not number:
+                return
+            yield int.from_bytes(number, "little")
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._done)
+        for pid in self._pids:
+            # One that has completed its calls has ended, or is about to: its status is of no interest.
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _fork(calls: Sequence[Call], todo: int, done: int, finish: Callable[[Any], object]) -> int:
+    """A child that makes calls until none is left. Whatever happens, nothing of the parent's runs in it."""
     pid = os.fork()
     if pid > 0:
         return pid
-    failed = 0
-    while number := os.read(numbers, _NUMBER_BYTES):
-        call = work[int.from_bytes(number, "little")]
-        try:
-            finish(call())
-        except BaseException:
-            failed = 1  # the parent meets the error itself
-    os._exit(failed)
-
-
-def _wait_for(pids: Sequence[int]) -> None:
-    deadline = time.monotonic() + CHILDREN_TIMEOUT_S
-    left = set(pids)
-    while left:
-        left = {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0}
-        if left and time.monotonic() > deadline:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            return
-        time.sleep(_POLL_S)
+    try:
+        while number := os.read(todo, _NUMBER_BYTES):
+            try:
+                finish(calls[int.from_bytes(number, "little")]())
+            except Exception:
+                continue  # the parent meets the error itself
+            os.write(done, number)
+    finally:
+        os._exit(0)
 
 
 def _build_launcher(kernel: CompiledKernel) -> None:

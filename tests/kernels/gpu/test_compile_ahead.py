@@ -70,3 +70,21 @@ def test_long_calls_come_first(tmp_path: Path) -> None:
         executor.submit(order.append, name)
     executor.run()
     assert order == ["b", "a", "c"]
+
+
+def test_the_parent_follows_while_children_go_on(tmp_path: Path) -> None:
+    quick = tmp_path / "quick"
+
+    def wait_for_both() -> bool:
+        deadline = time.monotonic() + 20.0
+        while time.monotonic() < deadline:
+            if quick.exists() and len(quick.read_text().split()) == 2:
+                return True
+            time.sleep(0.01)
+        return False
+
+    executor = ForkingExecutor(2, lambda result: note(tmp_path / f"finished {result}"))
+    waiting, _ = executor.submit(wait_for_both), executor.submit(note, quick)
+    executor.run()
+    assert waiting.result()
+    assert (tmp_path / "finished True").exists()
