@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,19 @@ def bench_serve(root: Path, url: str, *arguments: object) -> list[dict[str, Any]
 
 def processor_us(server: TritonServer) -> dict[str, float]:
     """Processor time so far, in microseconds, of the server, its stubs, the engine and a gateway in front of them."""
+    return _by_kind(server, _processor_us)
+
+
+def switches(server: TritonServer) -> dict[str, float]:
+    """How often threads of the same processes have gone to sleep so far."""
+    return _by_kind(server, _switches)
+
+
+def _by_kind(server: TritonServer, figure: Callable[[Path], float]) -> dict[str, float]:
     assert server.process is not None
-    spent: dict[str, float] = {}
-    for pid, command, us in _processes():
-        if pid == server.process.pid:
+    found: dict[str, float] = {}
+    for entry, command in _processes():
+        if int(entry.name) == server.process.pid:
             kind = "server"
         elif "--owner-pid" in command and str(server.repository.parent) in command:
             kind = "engine"
@@ -119,18 +128,31 @@ def processor_us(server: TritonServer) -> dict[str, float]:
             kind = "gateway"
         else:
             continue
-        spent[kind] = spent.get(kind, 0.0) + us
-    return spent
+        with suppress(OSError):
+            found[kind] = found.get(kind, 0.0) + figure(entry)
+    return found
 
 
-def _processes() -> Iterator[tuple[int, str, float]]:
-    """Pid, command line and processor time of every process that may be looked at."""
+def _processes() -> Iterator[tuple[Path, str]]:
+    """Directory under /proc and command line of every process that may be looked at."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
-        try:
-            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        yield int(entry.name), command, (int(fields[11]) + int(fields[12])) * _TICK_US
+        with suppress(OSError):
+            yield entry, (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def _processor_us(process: Path) -> float:
+    fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_US
+
+
+def _switches(process: Path) -> float:
+    return float(sum(map(_thread_switches, (process / "task").iterdir())))
+
+
+def _thread_switches(thread: Path) -> int:
+    (line,) = (
+        line for line in (thread / "status").read_text().splitlines() if line.startswith("voluntary_ctxt")
+    )
+    return int(line.split()[1])
