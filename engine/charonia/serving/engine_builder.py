@@ -1,7 +1,4 @@
-"""Puts an engine together: scheduler, executor and step loop.
-
-PyTorch is imported by `build_engine`, not with this module, while the GPU opens beside it.
-"""
+"""Puts an engine together: scheduler, executor and step loop."""
 
 import time
 
@@ -11,16 +8,12 @@ from charonia.core.scheduler import Scheduler
 from charonia.model_config import ModelConfig
 from charonia.serving.processes import python_executable
 from charonia.structured.compiler import GrammarCompiler
-from charonia.worker.open_gpu import open_gpu_early
+from charonia.worker.executor import InProcessExecutor
 
 
 def build_engine(config: EngineConfig, model: ModelConfig) -> tuple[EngineCore, str]:
     """Load the model and return its engine, with one line for the log. Raises `ModelLoadError` or `ConfigError`."""
     start = time.monotonic()
-    if config.device != "cpu":
-        open_gpu_early()
-    from charonia.worker.executor import InProcessExecutor
-
     grammars = _grammar_compiler(config, model)
     try:
         executor = InProcessExecutor(config, model)
