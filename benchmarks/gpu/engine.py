@@ -161,7 +161,6 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="charonia-bench-") as directory:
         changes = TINY if options.tiny else {}
         (Path(directory) / "config.json").write_text(json.dumps(MODELS[options.model] | changes))
-        import torch
         from charonia import LLM
 
         logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -182,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(json.dumps(rows[-1]), flush=True)
                 if options.out is not None:
                     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            import torch
+
             if torch.cuda.is_available():
                 free, total = torch.cuda.mem_get_info()
                 print(f"memory in use {(total - free) / total:.4f}", flush=True)

@@ -73,11 +73,12 @@ def dry_run_keys(max_num_seqs: int, max_num_tokens: int, shares_prefix: bool) ->
 
     Those with the kernels that take longest to compile come first.
     """
-    classes = [min(size, max_num_seqs) for size in (max_num_seqs, 128, 96, 64)]
-    keys = [GraphKey(size, size, SamplingMode.FILTERED) for size in classes]
+    keys = []
     for tokens in (max_num_tokens, 128, 96, 64):
         size = min(tokens, max_num_tokens)
         keys.append(GraphKey(min(max_num_seqs, size), size))
+    classes = [min(size, max_num_seqs) for size in (max_num_seqs, 128, 96, 64)]
+    keys += [GraphKey(size, size, SamplingMode.FILTERED) for size in classes]
     if shares_prefix:
         keys += [GraphKey(size, size, SamplingMode.PLAIN, True) for size in sharing_sizes(max_num_seqs)]
     keys += [

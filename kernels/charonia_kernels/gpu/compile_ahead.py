@@ -9,7 +9,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +25,7 @@ _NUMBER_BYTES = 2
 """Of a call's number in a pipe: written and read at once, so that no number is ever torn."""
 
 Call = Callable[[], Any]
+Calls = Sequence[tuple[Call, "Future[Any]"]]
 
 
 class ForkingExecutor(Executor):
@@ -38,35 +39,42 @@ class ForkingExecutor(Executor):
     def __init__(self, num_processes: int, finish: Callable[[Any], object]) -> None:
         """`finish` is called in the children alone, with what each call returns."""
         self._num_processes = num_processes
-        self._finish = finish
         self._calls: list[tuple[Call, Future[Any]]] = []
+        self._waiting: list[int] = []
+        self._children = _Children(finish)
         self.is_long = False
-        """Whether what is submitted next takes long. Such calls come first, lest one of them is begun last."""
+        """Whether what is submitted next takes long: some such calls have a child at once, others come first."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """As `Executor`, but nothing runs before `run`."""
+        """As `Executor`, but nothing runs here before `run`."""
         future: Future[Any] = Future()
-        call = (lambda: fn(*args, **kwargs), future)
-        if self.is_long:
-            self._calls.insert(0, call)
+        number = len(self._calls)
+        self._calls.append((lambda: fn(*args, **kwargs), future))
+        if self.is_long and len(self._children) < self._num_processes // 2:
+            self._children.fork(self._calls, [number])
+        elif self.is_long:
+            self._waiting.insert(0, number)
         else:
-            self._calls.append(call)
+            self._waiting.append(number)
         return future
 
     def run(self) -> None:
-        """Make all calls; what they raise is in their futures.
+        """Make all calls; what they raise is in their futures. Once only.
 
         A call is made here as soon as a child is through with it, while the children go on with others.
         """
-        calls, self._calls = self._calls, []
-        left = dict(enumerate(calls))
-        num_children = min(self._num_processes, len(calls))
-        if num_children > 1:
-            with _Children([call for call, _ in calls], num_children, self._finish) as children:
-                for number in children.completed():
-                    _make(*left.pop(number))
+        left = dict(enumerate(self._calls))
+        if self._num_processes > 1:
+            more = min(self._num_processes - len(self._children), len(self._waiting))
+            self._children.share_out(self._calls, self._waiting, more)
+        for number in self._children.completed():
+            _make(*left.pop(number))
         for call, future in left.values():
             _make(call, future)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the children, whatever they are at. To be called in any case, as `with` does."""
+        self._children.end()
 
 
 def _make(call: Call, future: "Future[Any]") -> None:
@@ -77,22 +85,45 @@ def _make(call: Call, future: "Future[Any]") -> None:
 
 
 class _Children:
-    """Forked processes that share out calls among them: whoever is free has the next one."""
+    """Forked processes that make calls and tell, by number, which they have completed."""
 
-    def __init__(self, calls: Sequence[Call], num_children: int, finish: Callable[[Any], object]) -> None:
+    def __init__(self, finish: Callable[[Any], object]) -> None:
+        self._finish = finish
+        self._pids: list[int] = []
+        self._done, self._tell = os.pipe()
+
+    def __len__(self) -> int:
+        return len(self._pids)
+
+    def fork(self, calls: Calls, numbers: Iterable[int]) -> None:
+        """A child that makes the calls of these numbers. Whatever happens, nothing of the parent's runs in it."""
+        pid = os.fork()
+        if pid > 0:
+            self._pids.append(pid)
+            return
+        try:
+            for number in numbers:
+                try:
+                    self._finish(calls[number][0]())
+                except Exception:
+                    continue  # the parent meets the error itself
+                os.write(self._tell, number.to_bytes(_NUMBER_BYTES, "little"))
+        finally:
+            os._exit(0)
+
+    def share_out(self, calls: Calls, numbers: Sequence[int], num_children: int) -> None:
+        """Children that share the calls of these numbers, in this order: whoever is free has the next one."""
         todo, end = os.pipe()
-        os.write(end, b"".join(i.to_bytes(_NUMBER_BYTES, "little") for i in range(len(calls))))
+        os.write(end, b"".join(number.to_bytes(_NUMBER_BYTES, "little") for number in numbers))
         os.close(end)
-        self._done, done = os.pipe()
-        self._pids = [_fork(calls, todo, done, finish) for _ in range(num_children)]
+        for _ in range(num_children):
+            self.fork(calls, _numbers(todo))
         os.close(todo)
-        os.close(done)
-
-    def __enter__(self) -> "_Children":
-        return self
 
     def completed(self) -> Iterator[int]:
-        """Numbers of the calls as they are completed, until every child has ended or time is up."""
+        """Numbers of the calls as they are completed, until every child has ended or time is up. No fork after it."""
+        os.close(self._tell)
+        self._tell = -1
         deadline = time.monotonic() + CHILDREN_TIMEOUT_S
         while select.select([self._done], [], [], max(0.0, deadline - time.monotonic()))[0]:
             number = os.read(self._done, _NUMBER_BYTES)
@@ -100,28 +131,21 @@ class _Children:
                 return
             yield int.from_bytes(number, "little")
 
-    def __exit__(self, *exc_info: object) -> None:
-        os.close(self._done)
+    def end(self) -> None:
+        """Kill and reap them all. One that has completed its calls has ended, or is about to."""
         for pid in self._pids:
-            # One that has completed its calls has ended, or is about to: its status is of no interest.
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        self._pids.clear()
+        for end in (self._done, self._tell):
+            if end >= 0:
+                os.close(end)
+        self._done = self._tell = -1
 
 
-def _fork(calls: Sequence[Call], todo: int, done: int, finish: Callable[[Any], object]) -> int:
-    """A child that makes calls until none is left. Whatever happens, nothing of the parent's runs in it."""
-    pid = os.fork()
-    if pid > 0:
-        return pid
-    try:
-        while number := os.read(todo, _NUMBER_BYTES):
-            try:
-                finish(calls[int.from_bytes(number, "little")]())
-            except Exception:
-                continue  # the parent meets the error itself
-            os.write(done, number)
-    finally:
-        os._exit(0)
+def _numbers(pipe: int) -> Iterator[int]:
+    while number := os.read(pipe, _NUMBER_BYTES):
+        yield int.from_bytes(number, "little")
 
 
 def _build_launcher(kernel: CompiledKernel) -> None:
@@ -146,11 +170,11 @@ def compile_only(num_processes: int) -> Iterator[None]:
         executor.is_long = isinstance(self, GluonJITFunction)
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    executor = ForkingExecutor(num_processes, _build_launcher)
-    JITFunction.run = compile_instead
-    try:
-        with AsyncCompileMode(executor):
-            yield
-            executor.run()
-    finally:
-        JITFunction.run = run
+    with ForkingExecutor(num_processes, _build_launcher) as executor:
+        JITFunction.run = compile_instead
+        try:
+            with AsyncCompileMode(executor):
+                yield
+                executor.run()
+        finally:
+            JITFunction.run = run
