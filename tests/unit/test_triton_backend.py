@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from charonia.config import EngineConfig
 from charonia.errors import ConfigError
@@ -17,6 +18,7 @@ from charonia.triton import backend as backend_module
 from charonia.triton.backend import TritonBackend
 from charonia.triton.cancellation import MAX_PAUSE_S
 from charonia.triton.health import ServerExit
+from charonia.triton.intake import MAX_INLINE_BYTES, MAX_INLINE_IDS
 from charonia.triton.pb import TritonUtils
 from charonia.triton.settings import BackendOptions, InstanceInfo
 from support import fake_pb
@@ -28,6 +30,8 @@ INSTANCE = InstanceInfo(
     version_dir=Path("/nowhere"), parameters={},
 )  # fmt: skip
 FINAL_DELAY_S = 0.25
+LONG = " " * (MAX_INLINE_BYTES + 1)
+"""Makes a prompt one that intake's threads tokenise."""
 
 
 class NoExit(ServerExit):
@@ -250,7 +254,8 @@ def test_cancellation_before_the_engine_has_the_request(tmp_path: Path) -> None:
             return handle
 
     bench = Bench(tmp_path, SlowToTake(tmp_path / "events.jsonl"))
-    cancelled = [bench.send('@{"tokens": 9999, "delay_s": 0.01}', stream=flag(True)) for _ in range(6)]
+    script = '@{"tokens": 9999, "delay_s": 0.01}' + LONG
+    cancelled = [bench.send(script, stream=flag(True)) for _ in range(6)]
     for sender in cancelled:
         sender.cancelled = True
     for sender in cancelled:
@@ -315,6 +320,49 @@ def test_a_client_that_is_gone_does_not_stop_its_sender_thread(tmp_path: Path) -
     bench.backend.shutdown()
 
 
+class SubmitThreads(FakeEngine):
+    """Notes on which thread each request is submitted; holds up the prompts that say so."""
+
+    def __init__(self, events_path: Path) -> None:
+        super().__init__(events_path)
+        self.threads: dict[str, str] = {}
+        self.hold = threading.Event()
+
+    def submit(self, request: GenerationRequest, sink: OutputSink) -> Any:
+        self.threads[request.request_id] = threading.current_thread().name
+        if isinstance(request.prompt, str) and request.prompt.startswith("hold"):
+            self.hold.wait()
+        return super().submit(request, sink)
+
+
+def test_small_requests_cost_no_thread_and_others_never_hold_up_execute(tmp_path: Path) -> None:
+    engine = SubmitThreads(tmp_path / "events.jsonl")
+    bench = Bench(tmp_path, engine)
+
+    def send(name: str, **inputs: Any) -> Sender:
+        request = Request(inputs, request_id=name)
+        bench.backend.execute([request])
+        return done(request.sender)
+
+    send("text", text_input=text("x"))
+    send("ids", input_ids=np.zeros(MAX_INLINE_IDS, np.int32))
+    send("long-text", text_input=text("x" + LONG))
+    send("long-ids", input_ids=np.zeros(MAX_INLINE_IDS + 1, np.int32))
+    send("chat", messages=text('[{"role": "user", "content": "x"}]'))
+    here = threading.current_thread().name
+    assert {name for name, thread in engine.threads.items() if thread == here} == {"text", "ids"}
+    # Two hold up both threads, a third one waits: what comes then takes its turn behind it.
+    held = [bench.send("hold" + LONG) for _ in range(3)]
+    behind = Request({"text_input": text("x")}, request_id="behind")
+    bench.backend.execute([behind])
+    assert "behind" not in engine.threads
+    engine.hold.set()
+    for sender in [*held, behind.sender]:
+        done(sender)
+    assert engine.threads["behind"].startswith("charonia-intake")
+    bench.backend.shutdown()
+
+
 def test_a_flood_is_refused(tmp_path: Path) -> None:
     class Stuck(FakeEngine):
         hold = threading.Event()
@@ -325,7 +373,7 @@ def test_a_flood_is_refused(tmp_path: Path) -> None:
 
     engine = Stuck(tmp_path / "events.jsonl")
     bench = Bench(tmp_path, engine, {"max_waiting_requests": 3})
-    senders = [bench.send("x") for _ in range(10)]
+    senders = [bench.send("x" + LONG) for _ in range(10)]
     eventually(lambda: any(sender.responses for sender in senders))
     assert error_of(senders[-1])[0] == "UNAVAILABLE"
     engine.hold.set()

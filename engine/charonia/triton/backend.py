@@ -105,7 +105,6 @@ class TritonBackend:
             live = self._responder.admit(request.get_response_sender())
             with self._live_lock:
                 self._live[id(live)] = live
-            self._sweeper.nudge()
             try:
                 raw = RawRequest.take(request, with_trace=self._telemetry.traces)
                 live.request_id = raw.request_id
@@ -116,6 +115,8 @@ class TritonBackend:
             except Exception as error:
                 self._log_unexpected(live, error)
                 live.on_error(CharoniaError("internal error; the server's log has the details"))
+            # Behind the hand-over: waking a thread costs the request what it takes.
+            self._sweeper.nudge()
 
     def shutdown(self) -> None:
         """Drain and detach. Triton calls `finalize` only once every request has ended, so this is quick."""
