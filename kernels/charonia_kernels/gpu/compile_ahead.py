@@ -5,6 +5,7 @@ is all that they need to share. Kernels are compiled by forked children, whose r
 cache. A child touches neither the GPU nor anything of the parent's.
 """
 
+import hashlib
 import os
 import select
 import signal
@@ -12,20 +13,35 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
 from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
 from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 CHILDREN_TIMEOUT_S = 120.0
+_HEAD_STARTS = 3
 _NUMBER_BYTES = 2
 """Of a call's number in a pipe: written and read at once, so that no number is ever torn."""
 
 Call = Callable[[], Any]
 Calls = Sequence[tuple[Call, "Future[Any]"]]
+
+
+class Effort(Enum):
+    """What a call is expected to take.
+
+    NONE: no child makes it. LONG: it comes before others, lest it is begun last; the first few have a child at once.
+    """
+
+    NONE = auto()
+    SHORT = auto()
+    LONG = auto()
 
 
 class ForkingExecutor(Executor):
@@ -42,19 +58,19 @@ class ForkingExecutor(Executor):
         self._calls: list[tuple[Call, Future[Any]]] = []
         self._waiting: list[int] = []
         self._children = _Children(finish)
-        self.is_long = False
-        """Whether what is submitted next takes long: some such calls have a child at once, others come first."""
+        self.effort = Effort.SHORT
+        """Of what is submitted next."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
         """As `Executor`, but nothing runs here before `run`."""
         future: Future[Any] = Future()
         number = len(self._calls)
         self._calls.append((lambda: fn(*args, **kwargs), future))
-        if self.is_long and len(self._children) < self._num_processes // 2:
+        if self.effort is Effort.LONG and len(self._children) < min(_HEAD_STARTS, self._num_processes - 1):
             self._children.fork(self._calls, [number])
-        elif self.is_long:
+        elif self.effort is Effort.LONG:
             self._waiting.insert(0, number)
-        else:
+        elif self.effort is Effort.SHORT:
             self._waiting.append(number)
         return future
 
@@ -65,7 +81,7 @@ class ForkingExecutor(Executor):
         """
         left = dict(enumerate(self._calls))
         if self._num_processes > 1:
-            more = min(self._num_processes - len(self._children), len(self._waiting))
+            more = min(self._num_processes, len(self._waiting))
             self._children.share_out(self._calls, self._waiting, more)
         for number in self._children.completed():
             _make(*left.pop(number))
@@ -153,6 +169,23 @@ def _build_launcher(kernel: CompiledKernel) -> None:
     driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
+class _CompileMode(AsyncCompileMode):  # type: ignore[misc]
+    """Triton's mode of compiling later, which tells the executor what to expect of each kernel."""
+
+    executor: ForkingExecutor
+
+    def submit(self, key: str, compile_fn: Call, finalize_fn: Callable[[Any], object]) -> Any:
+        if _is_cached(key):
+            self.executor.effort = Effort.NONE
+        return super().submit(key, compile_fn, finalize_fn)
+
+
+def _is_cached(key: str) -> bool:
+    """Whether the kernel is in the cache on disk. Should Triton come to keep it elsewhere, a needless child looks."""
+    folder = getattr(get_cache_manager(hashlib.sha256(key.encode()).hexdigest()), "cache_dir", None)
+    return folder is not None and any(Path(folder).glob("__grp__*"))
+
+
 @contextmanager
 def compile_only(num_processes: int) -> Iterator[None]:
     """Inside, a launch of a kernel only notes it; at the end all of them are compiled, in `num_processes` processes.
@@ -167,13 +200,13 @@ def compile_only(num_processes: int) -> Iterator[None]:
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         # A kernel that specialises warps takes seconds, any other a fraction of one.
-        executor.is_long = isinstance(self, GluonJITFunction)
+        executor.effort = Effort.LONG if isinstance(self, GluonJITFunction) else Effort.SHORT
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     with ForkingExecutor(num_processes, _build_launcher) as executor:
         JITFunction.run = compile_instead
         try:
-            with AsyncCompileMode(executor):
+            with _CompileMode(executor):
                 yield
                 executor.run()
         finally:

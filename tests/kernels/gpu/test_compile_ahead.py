@@ -1,12 +1,16 @@
 """Calls are made by children first, and then by the parent."""
 
+import hashlib
 import os
 import time
 from pathlib import Path
 
 import pytest
-from charonia_kernels.gpu.compile_ahead import ForkingExecutor
+import triton
+from charonia_kernels.gpu import compile_ahead
+from charonia_kernels.gpu.compile_ahead import Effort, ForkingExecutor
 from support.launch import eventually
+from triton.runtime.cache import get_cache_manager
 
 
 def note(path: Path) -> int:
@@ -65,10 +69,10 @@ def test_what_fails_in_a_child_raises_in_the_parent(tmp_path: Path) -> None:
 
 def test_long_calls_have_a_child_before_the_run(tmp_path: Path) -> None:
     with ForkingExecutor(4, lambda _: note(tmp_path / "finished")) as executor:
-        executor.is_long = True
+        executor.effort = Effort.LONG
         long = executor.submit(note, tmp_path / "long")
         assert eventually((tmp_path / "finished").exists, 20.0) and not long.done()
-        executor.is_long = False
+        executor.effort = Effort.SHORT
         executor.submit(note, tmp_path / "short")
         executor.run()
     assert long.result() == os.getpid()
@@ -81,7 +85,7 @@ def test_children_of_a_run_that_never_came_are_ended(tmp_path: Path) -> None:
         time.sleep(60)
 
     with ForkingExecutor(2, lambda _: None) as executor:
-        executor.is_long = True
+        executor.effort = Effort.LONG
         executor.submit(stay)
         assert eventually((tmp_path / "pid").exists, 20.0)
     pid = int((tmp_path / "pid").read_text())
@@ -89,20 +93,41 @@ def test_children_of_a_run_that_never_came_are_ended(tmp_path: Path) -> None:
         os.kill(pid, 0)
 
 
-def test_long_calls_come_first(tmp_path: Path) -> None:
-    order = tmp_path / "order"
-
-    def add(name: str) -> None:
-        with order.open("a") as file:
-            file.write(name)
-
-    with ForkingExecutor(2, lambda _: None) as executor:
-        for name, is_long in (("with a child at once", True), ("a", False), ("b", True), ("c", False)):
-            executor.is_long = is_long
-            executor.submit(add, name if len(name) == 1 else "")
+def test_no_child_makes_what_takes_no_effort(tmp_path: Path) -> None:
+    with ForkingExecutor(3, lambda _: None) as executor:
+        executor.effort = Effort.NONE
+        futures = [executor.submit(note, tmp_path / "calls") for _ in range(5)]
         executor.run()
-    assert order.read_text().startswith("b")
-    assert sorted(order.read_text()) == list("aabbcc")
+    assert [future.result() for future in futures] == [os.getpid()] * 5
+    assert (tmp_path / "calls").read_text().split() == [str(os.getpid())] * 5
+
+
+def test_long_calls_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, parent = tmp_path / "order", os.getpid()
+
+    def begin(name: str) -> None:
+        """Noted by children, of whom there are two: each stays with its first call until both have one."""
+        if os.getpid() != parent:
+            with order.open("a") as file:
+                file.write(name + "\n")
+            assert eventually(lambda: len(order.read_text().split()) >= 2, 20.0)
+
+    monkeypatch.setattr(compile_ahead, "_HEAD_STARTS", 0)
+    with ForkingExecutor(2, lambda _: None) as executor:
+        for name, is_long in (("a", False), ("b", False), ("long", True)):
+            executor.effort = Effort.LONG if is_long else Effort.SHORT
+            executor.submit(begin, name)
+        executor.run()
+    assert "long" in order.read_text().split()[:2]
+
+
+def test_what_the_cache_on_disk_holds_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    assert not compile_ahead._is_cached("a kernel")
+    cache = get_cache_manager(hashlib.sha256(b"a kernel").hexdigest())
+    cache.put_group("kernel.json", {"kernel.json": cache.put("{}", "kernel.json", binary=False)})
+    assert compile_ahead._is_cached("a kernel")
+    assert not compile_ahead._is_cached("another kernel")
 
 
 def test_the_parent_follows_while_children_go_on(tmp_path: Path) -> None:
