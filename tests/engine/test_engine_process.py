@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 from charonia.config import EngineConfig
 from charonia.errors import CharoniaError, ConfigError, EngineDeadError, InvalidRequestError, ModelLoadError
 from charonia.outputs import RequestOutput
 from charonia.sampling_params import SamplingParams
 from charonia.serving.async_engine import AsyncEngine
+from charonia.serving.channel import Channel
 from charonia.serving.engine_home import EngineDir, EngineHome
 from charonia.serving.processes import is_alive
 from charonia.serving.request import ChatInput, GenerationRequest
@@ -346,13 +346,18 @@ def test_a_failing_start_says_why(
 
 def test_garbage_on_the_socket_is_dropped(engine_and_dir: tuple[AsyncEngine, Path]) -> None:
     engine, runtime_dir = engine_and_dir
-    socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.connect(EngineDir(next(runtime_dir.glob("[0-9]*"))).socket_address)
+    path = EngineDir(next(runtime_dir.glob("[0-9]*"))).socket_path
+    channel = Channel.connect(path)
     for payload in (b"", b"\xff\xff", b"\x80", os.urandom(200)):
-        socket.send(payload)
-        socket.send_multipart([payload, payload])
+        channel.send(payload)
+    # One that breaks the format itself is hung up on.
+    broken = Channel.connect(path)
+    os.write(broken.fileno(), b"\xff" * 64)
+    wait_until(lambda: not broken.receive() and broken.closed)
     assert run(engine)
-    socket.close(0)
+    assert not channel.receive() and not channel.closed
+    channel.close()
+    broken.close()
 
 
 def test_the_socket_is_private_and_local(engine_and_dir: tuple[AsyncEngine, Path]) -> None:

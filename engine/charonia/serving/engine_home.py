@@ -68,9 +68,9 @@ class EngineDir:
         self.generation = int(path.name)
 
     @property
-    def socket_address(self) -> str:
-        """ZeroMQ address of the engine."""
-        return f"ipc://{self.path / 'engine.sock'}"
+    def socket_path(self) -> Path:
+        """Where the engine listens."""
+        return self.path / "engine.sock"
 
     def read_config(self) -> EngineConfig:
         """The engine's configuration."""

@@ -2,20 +2,22 @@
 
 import contextlib
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
 
-import zmq
-
 from charonia.config import EngineConfig
 from charonia.errors import EngineDeadError, ErrorCode, ModelLoadError, error_from_code
 from charonia.serving import wire
+from charonia.serving.channel import Channel
 from charonia.serving.engine_home import EngineDir, EngineHome
 from charonia.serving.processes import open_pidfd, wait_for_exit
 
 POLL_S = 0.02
 EXIT_TIMEOUT_S = 15.0
+HANG_UP_EXIT_S = 1.0
+"""How long an engine that has hung up is given to end."""
 PULSE_CHECK_S = 1.0
 MAX_MISSED_BEATS = 15
 """Checks of the engine's status in a row that may find no new beat. An engine that is past them hangs: its watchdog
@@ -27,7 +29,10 @@ class EngineLostError(EngineDeadError):
 
 
 class EngineLink:
-    """Socket and pidfd of one engine. Used by one thread. `open` connects; every wait notices the engine's death."""
+    """Channel and pidfd of one engine. `open` connects; every wait notices the engine's death.
+
+    Used by one thread, but for `send` and `take_ids`, which its user may have others call, one at a time.
+    """
 
     def __init__(self, home: EngineHome, directory: EngineDir, member: str, pid: int, pidfd: int) -> None:
         self._home = home
@@ -41,11 +46,11 @@ class EngineLink:
         self._beat = 0.0
         self._missed_beats = 0
         self._next_check = 0.0
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.connect(directory.socket_address)
+        self._channel: Channel | None = None
+        self._poller = select.poll()
+        self._poller.register(pidfd, select.POLLIN)
+        self._polled: dict[int, int] = {}
+        """Events that are waited for, by descriptor, besides the engine's end."""
 
     @classmethod
     def open(
@@ -93,6 +98,7 @@ class EngineLink:
                 raise EngineLostError("the engine process ended while starting; its log says why")
             if cancelled():
                 raise EngineDeadError("shut down while the engine was starting")
+        self._connect()
         self.send(wire.Hello(os.getpid()))
         while not self._client_index:
             self.wait(None, 1.0)
@@ -103,26 +109,50 @@ class EngineLink:
         Raises `EngineLostError`, but only after every frame that the engine has sent was returned. An engine that
         shows no sign of life for about 15 seconds is killed.
         """
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._pidfd, zmq.POLLIN)
+        channel = self._channel
+        assert channel is not None, "only a link that is open is waited for"
+        self._poll_for(channel.fileno(), select.POLLIN | (select.POLLOUT if channel.num_unsent else 0))
         if wake_fd is not None:
-            poller.register(wake_fd, zmq.POLLIN)
-        events = dict(poller.poll(int(timeout_s * 1000)))
-        frames: list[wire.OutputFrame] = []
-        if self._socket in events:
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    message = wire.decode_to_frontend(self._socket.recv(zmq.NOBLOCK))
-                    if isinstance(message, wire.Welcome):
-                        self._client_index = message.client_index
-                    else:
-                        frames.append(message)
-        if not frames and self._pidfd in events:
-            raise EngineLostError(f"the engine process (pid {self._pid}) ended unexpectedly")
+            self._poll_for(wake_fd, select.POLLIN)
+        events = dict(self._poller.poll(timeout_s * 1000))
+        ready = events.get(channel.fileno(), 0)
+        if ready & select.POLLOUT:
+            channel.flush()
+        frames = self._receive(channel) if ready & ~select.POLLOUT else []
         if not frames:
+            if self._pidfd in events:
+                raise EngineLostError(f"the engine process (pid {self._pid}) ended unexpectedly")
+            if channel.closed:
+                self._fail_closed()
             self._check_pulse()
         return frames
+
+    def _poll_for(self, fd: int, events: int) -> None:
+        if self._polled.get(fd) != events:
+            self._polled[fd] = events
+            self._poller.register(fd, events)
+
+    def _receive(self, channel: Channel) -> list[wire.OutputFrame]:
+        frames = []
+        for data in channel.receive():
+            message = wire.decode_to_frontend(data)
+            if isinstance(message, wire.Welcome):
+                self._client_index = message.client_index
+            else:
+                frames.append(message)
+        return frames
+
+    def _fail_closed(self) -> None:
+        """The engine has hung up: it ends, or it has given this frontend up."""
+        if wait_for_exit(self._pidfd, HANG_UP_EXIT_S):
+            raise EngineLostError(f"the engine process (pid {self._pid}) ended unexpectedly")
+        raise EngineLostError(f"the engine process (pid {self._pid}) closed the connection")
+
+    def _connect(self) -> None:
+        try:
+            self._channel = Channel.connect(self._directory.socket_path)
+        except OSError as error:
+            raise EngineLostError(f"the engine does not take connections: {error}") from None
 
     def _check_pulse(self) -> None:
         now = time.monotonic()
@@ -139,9 +169,10 @@ class EngineLink:
             wait_for_exit(self._pidfd, EXIT_TIMEOUT_S)
             raise EngineLostError(f"the engine process (pid {self._pid}) hung and was killed")
 
-    def send(self, message: wire.ToEngine) -> None:
-        """Queue a message; never blocks."""
-        self._socket.send(wire.encode(message))
+    def send(self, message: wire.ToEngine) -> bool:
+        """Send a message, never blocking; False if `wait` is to be called again for all of it to leave."""
+        assert self._channel is not None, "only a link that is open is sent to"
+        return self._channel.send(wire.encode(message))
 
     def take_ids(self, count: int) -> int:
         """The first of `count` consecutive request ids that no other request of the engine has."""
@@ -165,5 +196,6 @@ class EngineLink:
         """Release the socket; the frontend is no longer a member, and the engine ends if it was the last."""
         if not self._left and not wait_for_exit(self._pidfd, 0):
             self._home.leave(self._directory, self._member, end_pid=self._pid)
-        self._socket.close()
+        if self._channel is not None:
+            self._channel.close()
         os.close(self._pidfd)

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
-import zmq
 
 from charonia.config import EngineConfig
 from charonia.core.engine_core import EngineCore
@@ -21,9 +21,10 @@ from charonia.model_config import ModelConfig
 from charonia.outputs import FinishReason
 from charonia.request import TokenDelta
 from charonia.serving import wire
+from charonia.serving.channel import Channel, Listener
 from charonia.serving.engine_builder import build_engine
 from charonia.serving.engine_home import EngineDir, EngineHome, EngineStatus
-from charonia.serving.processes import die_with_parent, open_pidfd, parent_of
+from charonia.serving.processes import die_with_parent, open_pidfd, parent_of, wait_for_exit
 from charonia.serving.watchdog import Watchdog
 
 logger = logging.getLogger("charonia.engine")
@@ -33,16 +34,17 @@ BuildEngine = Callable[[EngineConfig, ModelConfig], tuple[EngineCore, str]]
 STATS_INTERVAL_S = 0.25
 IDLE_POLL_MS = 1000
 FIRST_MEMBER_TIMEOUT_S = 60.0
-MAX_QUEUED_FRAMES = 100_000
-"""Frames that a frontend may leave unread before it is taken for dead."""
+MAX_UNREAD_BYTES = 256 << 20
+"""What a frontend may leave unread before it is taken for dead."""
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Client:
-    """An attached frontend."""
+    """A connection. index, pidfd: of the frontend behind it, once it has said who it is."""
 
-    identity: bytes
-    pidfd: int | None
+    channel: Channel
+    index: int | None = None
+    pidfd: int | None = None
     request_ids: set[int] = field(default_factory=set)
 
 
@@ -59,18 +61,15 @@ class EngineServer:
         self._directory = directory
         self._watchdog = watchdog
         self._clients: dict[int, _Client] = {}
-        self._by_identity: dict[bytes, int] = {}
+        """The frontends, by their index."""
+        self._by_fd: dict[int, _Client] = {}
+        """All connections by their channels' descriptors, and frontends by their pidfds."""
         self._next_client = 1
         self._stopping = False
         self._last_stats = 0.0
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.SNDHWM, MAX_QUEUED_FRAMES)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind(directory.socket_address)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._listener = Listener(directory.socket_path)
+        self._poller = select.poll()
+        self._poller.register(self._listener, select.POLLIN)
         self._started = time.monotonic()
 
     def stop(self) -> None:
@@ -88,59 +87,72 @@ class EngineServer:
             self._send_stats()
             self._end_when_alone()
         self._core.shutdown()
-        self._socket.close()
+        self._listener.close()
+        for client in set(self._by_fd.values()):
+            client.channel.close()
 
     # ---- receiving ----
 
     def _receive(self, timeout_ms: int) -> None:
-        events = dict(self._poller.poll(timeout_ms))
-        for index, client in list(self._clients.items()):
-            if client.pidfd is not None and client.pidfd in events:
-                logger.warning("frontend %d died; its %d requests end", index, len(client.request_ids))
-                self._drop(index)
-        if self._socket not in events:
+        for fd, events in self._poller.poll(timeout_ms):
+            client = self._by_fd.get(fd)
+            if fd == self._listener.fileno():
+                for channel in self._listener.accept():
+                    self._by_fd[channel.fileno()] = _Client(channel)
+                    self._poller.register(channel, select.POLLIN)
+            elif client is None:
+                continue  # dropped since the poll
+            elif fd == client.pidfd:
+                if not wait_for_exit(fd, 0):
+                    continue  # another process's by now
+                logger.warning("frontend %s died; its %d requests end", client.index, len(client.request_ids))
+                self._drop(client)
+            else:
+                self._serve(client, events)
+
+    def _serve(self, client: _Client, events: int) -> None:
+        if events & select.POLLOUT:
+            client.channel.flush()
+            if not client.channel.num_unsent:
+                self._poller.modify(client.channel, select.POLLIN)
+        if not events & ~select.POLLOUT:
             return
-        while True:
+        for data in client.channel.receive():
             try:
-                identity, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                message = wire.decode_to_engine(b"".join(parts))
+                message = wire.decode_to_engine(data)
             except (msgspec.DecodeError, CharoniaError) as error:
                 logger.warning("dropped a message that is none of ours: %s", error)
                 continue
-            self._handle(identity, message)
+            self._handle(client, message)
+        if client.channel.closed:
+            self._drop(client)
 
-    def _handle(self, identity: bytes, message: wire.ToEngine) -> None:
+    def _handle(self, client: _Client, message: wire.ToEngine) -> None:
         if isinstance(message, wire.Hello):
-            self._welcome(identity, message.pid)
+            self._welcome(client, message.pid)
+        elif client.index is None:
             return
-        index = self._by_identity.get(identity)
-        if index is None:
-            return
-        if isinstance(message, wire.Submit):
-            self._submit(index, message)
+        elif isinstance(message, wire.Submit):
+            self._submit(client, message)
         elif isinstance(message, wire.Abort):
             for request_id in message.request_ids:
                 self._core.abort(request_id)
         else:
-            self._drop(index)
+            self._drop(client)
 
-    def _welcome(self, identity: bytes, pid: int) -> None:
-        index, self._next_client = self._next_client, self._next_client + 1
-        pidfd = open_pidfd(pid)
+    def _welcome(self, client: _Client, pid: int) -> None:
+        pidfd = open_pidfd(pid) if client.index is None else None
         if pidfd is None:
             return
-        self._poller.register(pidfd, zmq.POLLIN)
+        self._poller.register(pidfd, select.POLLIN)
         if parent_of(pid) == self._owner_pid:
             self._watchdog.add_dependent(pidfd)
-        self._clients[index] = _Client(identity, pidfd)
-        self._by_identity[identity] = index
-        self._send(index, wire.Welcome(index))
+        client.index, client.pidfd = self._next_client, pidfd
+        self._next_client += 1
+        self._clients[client.index] = self._by_fd[pidfd] = client
+        self._send(client, wire.Welcome(client.index))
 
-    def _submit(self, index: int, message: wire.Submit) -> None:
-        client = self._clients[index]
+    def _submit(self, client: _Client, message: wire.Submit) -> None:
         refused: list[TokenDelta] = []
         for request in message.requests:
             try:
@@ -157,17 +169,24 @@ class EngineServer:
             else:
                 client.request_ids.add(request.request_id)
         if refused:
-            self._send(index, wire.OutputFrame(refused))
+            self._send(client, wire.OutputFrame(refused))
 
-    def _drop(self, index: int) -> None:
-        client = self._clients.pop(index)
-        del self._by_identity[client.identity]
+    def _drop(self, client: _Client) -> None:
+        """Hang up, and end the frontend's requests; without effect the second time."""
+        if self._by_fd.pop(client.channel.fileno(), None) is not client:
+            return
+        self._poller.unregister(client.channel)
+        client.channel.close()
+        if client.index is None or client.pidfd is None:
+            return
+        del self._clients[client.index], self._by_fd[client.pidfd]
         for request_id in client.request_ids:
             self._core.abort(request_id, "the frontend is gone", ErrorCode.UNAVAILABLE)
-        if client.pidfd is not None:
-            self._poller.unregister(client.pidfd)
-            self._watchdog.remove_dependent(client.pidfd)
-            os.close(client.pidfd)
+        self._poller.unregister(client.pidfd)
+        self._watchdog.remove_dependent(client.pidfd)
+        os.close(client.pidfd)
+        # What it has sent besides is nobody's.
+        client.index = client.pidfd = None
 
     # ---- sending ----
 
@@ -182,7 +201,7 @@ class EngineServer:
                 client.request_ids.discard(delta.request_id)
             frames.setdefault(index, []).append(delta)
         for index, items in frames.items():
-            self._send(index, wire.OutputFrame(items))
+            self._send(self._clients[index], wire.OutputFrame(items))
 
     def _send_stats(self) -> None:
         now = time.monotonic()
@@ -190,16 +209,17 @@ class EngineServer:
             self._last_stats = now
             stats = self._core.stats()
             self._watchdog.note_requests(stats.num_running + stats.num_waiting)
-            for index in list(self._clients):
-                self._send(index, wire.OutputFrame([], stats))
+            for client in list(self._clients.values()):
+                self._send(client, wire.OutputFrame([], stats))
 
-    def _send(self, index: int, message: wire.ToFrontend) -> None:
-        client = self._clients[index]
-        try:
-            self._socket.send_multipart([client.identity, wire.encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            logger.warning("frontend %d does not take messages (%s); its requests end", index, error)
-            self._drop(index)
+    def _send(self, client: _Client, message: wire.ToFrontend) -> None:
+        if client.channel.send(wire.encode(message)):
+            return
+        if client.channel.num_unsent > MAX_UNREAD_BYTES:
+            logger.warning("frontend %s does not read; its requests end", client.index)
+            self._drop(client)
+        else:
+            self._poller.modify(client.channel, select.POLLIN | select.POLLOUT)
 
     # ---- the end ----
 

@@ -1,4 +1,4 @@
-"""Messages between frontends and the engine: msgpack over ZeroMQ on a unix socket. Nothing is ever unpickled."""
+"""Messages between frontends and the engine: msgpack over a unix socket (`channel.py`). Nothing is ever unpickled."""
 
 import msgspec
 
