@@ -1,9 +1,9 @@
 """Per-request generation parameters, with the names and defaults that users of vLLM know."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -172,49 +172,68 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+class _Rule(NamedTuple):
+    """What a scalar that is given must be: of a type, then within bounds; each with its words for the error."""
+
+    is_type: Callable[[Any], bool]
+    type_text: str
+    holds: Callable[[Any], bool]
+    text: str
+
+
+def _integer(holds: Callable[[int], bool], text: str) -> _Rule:
+    return _Rule(_is_int, "an integer", holds, text)
+
+
+def _number(holds: Callable[[float], bool], text: str) -> _Rule:
+    return _Rule(lambda v: _is_number(v) and abs(v) < math.inf, "a finite number", holds, text)
+
+
+_BOOLEAN = _Rule(lambda v: isinstance(v, bool), "a boolean", lambda v: True, "")
+_PENALTY = _number(lambda v: -2.0 <= v <= 2.0, "from -2 to 2")
+_LOGPROBS = _integer(lambda v: 0 <= v <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
+
+_RULES = {
+    "temperature": _number(lambda v: 0.0 <= v <= 100.0, "from 0 to 100"),
+    "top_p": _number(lambda v: 0.0 < v <= 1.0, "in (0, 1]"),
+    "min_p": _number(lambda v: 0.0 <= v <= 1.0, "from 0 to 1"),
+    "repetition_penalty": _number(lambda v: 0.0 < v <= 100.0, "in (0, 100]"),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "n": _integer(lambda v: 1 <= v <= MAX_N, f"from 1 to {MAX_N}"),
+    "top_k": _integer(lambda v: v >= -1, "0 or -1 (all tokens) or positive"),
+    "min_tokens": _integer(lambda v: v >= 0, "at least 0"),
+    "seed": _integer(lambda v: -(2**63) <= v < 2**63, "a 64-bit integer"),
+    "max_tokens": _integer(lambda v: 1 <= v < 2**31, "at least 1"),
+    "logprobs": _LOGPROBS,
+    "prompt_logprobs": _LOGPROBS,
+    "ignore_eos": _BOOLEAN,
+    "include_stop_str_in_output": _BOOLEAN,
+    "detokenize": _BOOLEAN,
+    "skip_special_tokens": _BOOLEAN,
+    "spaces_between_special_tokens": _BOOLEAN,
+}
+_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
+_DEFAULTS = tuple((f.name, f.default) for f in msgspec.structs.fields(SamplingParams) if f.name in _RULES)
+
+
 def _validate(p: SamplingParams) -> None:
-    _validate_scalars(p)
-    _validate_lists(p)
-
-
-def _validate_scalars(p: SamplingParams) -> None:
-    for name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    ):
+    """Every frontend and the engine do this for each request: fields left at their defaults cost a comparison."""
+    for name, default in _DEFAULTS:
         value = getattr(p, name)
-        _require(_is_number(value) and abs(value) < math.inf, name, "a finite number", value)
-    for name in ("n", "top_k", "min_tokens"):
-        _require(_is_int(getattr(p, name)), name, "an integer", getattr(p, name))
-    for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
-        value = getattr(p, name)
-        _require(value is None or _is_int(value), name, "an integer", value)
-    for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens",
-                 "spaces_between_special_tokens"):  # fmt: skip
-        _require(isinstance(getattr(p, name), bool), name, "a boolean", getattr(p, name))
-    _require(1 <= p.n <= MAX_N, "n", f"from 1 to {MAX_N}", p.n)
-    _require(0.0 <= p.temperature <= 100.0, "temperature", "from 0 to 100", p.temperature)
-    _require(0.0 < p.top_p <= 1.0, "top_p", "in (0, 1]", p.top_p)
-    _require(p.top_k >= -1, "top_k", "0 or -1 (all tokens) or positive", p.top_k)
-    _require(0.0 <= p.min_p <= 1.0, "min_p", "from 0 to 1", p.min_p)
-    _require(0.0 < p.repetition_penalty <= 100.0, "repetition_penalty", "in (0, 100]", p.repetition_penalty)
-    _require(-2.0 <= p.presence_penalty <= 2.0, "presence_penalty", "from -2 to 2", p.presence_penalty)
-    _require(-2.0 <= p.frequency_penalty <= 2.0, "frequency_penalty", "from -2 to 2", p.frequency_penalty)
-    _require(p.seed is None or -(2**63) <= p.seed < 2**63, "seed", "a 64-bit integer", p.seed)
-    _require(p.max_tokens is None or 1 <= p.max_tokens < 2**31, "max_tokens", "at least 1", p.max_tokens)
-    _require(p.min_tokens >= 0, "min_tokens", "at least 0", p.min_tokens)
-    if p.max_tokens is not None:
+        if value is default or (value is None and name in _OPTIONAL):
+            continue
+        rule = _RULES[name]
+        _require(rule.is_type(value), name, rule.type_text, value)
+        _require(rule.holds(value), name, rule.text, value)
+    if p.min_tokens and p.max_tokens is not None:
         _require(
             p.min_tokens <= p.max_tokens, "min_tokens", f"at most max_tokens ({p.max_tokens})", p.min_tokens
         )
-    for name in ("logprobs", "prompt_logprobs"):
-        value = getattr(p, name)
-        _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"from 0 to {MAX_LOGPROBS}", value)
     _require(p.detokenize or not p.stop, "detokenize", "true when 'stop' strings are given", p.detokenize)
+    lists = (p.stop, p.bad_words, p.stop_token_ids, p.logit_bias)
+    if p.allowed_token_ids is not None or lists != ([], [], [], {}):
+        _validate_lists(p)
 
 
 def _validate_lists(p: SamplingParams) -> None:
