@@ -149,6 +149,34 @@ def test_the_others_on_a_server_are_left_alone(server: TritonServer, events: Eve
         assert "".join(texts(staying.collect()[""])) == " ".join(f"w{i}" for i in range(40))
 
 
+def test_cancelling_one_of_several_streams_ends_all_its_requests_and_no_others(
+    server: TritonServer, events: Events
+) -> None:
+    """The server cancels calls: a client that wants to cancel single requests gives each a stream of its own."""
+    streams = [GrpcStream(server.grpc_url) for _ in range(3)]
+    script = '@{"delay_s": 0.02, "tokens": 60}'
+    for state in STATES:
+        for i, stream in enumerate(streams):
+            name = f"cross-{i}-{state}"
+            asked = script if i == 1 else prompt(state)
+            stream.send(tensors(asked, sampling={"max_tokens": 9999}, stream=True), request_id=name)
+            events.wait("submit", name)
+    for i in (2, 0):
+        streams[i].client.stop_stream(cancel_requests=True)
+    gathered = streams[1].collect(len(STATES))
+    whole = " ".join(f"w{i}" for i in range(60))
+    assert {name: "".join(texts(results)) for name, results in gathered.items()} == {
+        f"cross-1-{state}": whole for state in STATES
+    }
+    for state in STATES:
+        for i in (0, 2):
+            events.wait("abort", f"cross-{i}-{state}")
+        assert not events("abort", f"cross-1-{state}")
+    streams[1].client.stop_stream()
+    for stream in streams:
+        stream.client.close()
+
+
 def test_hundreds_of_cancellations_do_not_kill_the_server(server: TritonServer, events: Events) -> None:
     """Most cancellations come close to the end of their request: there FINAL and the cancellation meet."""
     rounds, streams = 16, 32

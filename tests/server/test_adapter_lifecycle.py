@@ -1,6 +1,8 @@
 """Loading, unloading and ending: configurations, several instances, drain, idle streams."""
 
+import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -33,6 +35,8 @@ def explicit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonS
     (root / "repository").mkdir()
     with running(root / "repository", "--model-control-mode=explicit") as server:
         yield server, root / "repository"
+        default_runtime = Path(f"/tmp/charonia-{os.getuid()}/{server.process.pid}")
+    shutil.rmtree(default_runtime, ignore_errors=True)
 
 
 def load(server: TritonServer, name: str) -> httpx.Response:
@@ -44,11 +48,15 @@ def unload(server: TritonServer, name: str) -> None:
     answer.raise_for_status()
 
 
-def test_an_empty_config_is_completed(explicit: tuple[TritonServer, Path]) -> None:
+@pytest.mark.parametrize("name", ["backend", "empty", "none"])
+def test_a_config_that_says_nothing_is_completed(explicit: tuple[TritonServer, Path], name: str) -> None:
+    """It names the backend alone, or nothing, or is not there at all."""
     server, repository = explicit
-    add_model(repository, "empty", config='backend: "python"')
-    assert load(server, "empty").status_code == 200
-    config = httpx.get(f"http://{server.http_url}/v2/models/empty/config").json()
+    add_model(repository, name, config='backend: "python"' if name == "backend" else "")
+    if name == "none":
+        (repository / name / "config.pbtxt").unlink()
+    assert load(server, name).status_code == 200
+    config = httpx.get(f"http://{server.http_url}/v2/models/{name}/config").json()
     shipped = TEMPLATE.read_text()
     for kind in ("input", "output"):
         block = re.search(rf"^{kind} \[$(.*?)^\]$", shipped, re.MULTILINE | re.DOTALL)
@@ -68,9 +76,9 @@ def test_an_empty_config_is_completed(explicit: tuple[TritonServer, Path]) -> No
         assert completed == [(name, kind_, int(dim), optional) for name, kind_, dim, optional in declared]
     assert config["model_transaction_policy"] == {"decoupled": True}
     with GrpcStream(server.grpc_url) as stream:
-        stream.send(tensors("a b", stream=True), model="empty")
+        stream.send(tensors("a b", stream=True), model=name)
         assert "".join(texts(stream.collect()[""])) == "a b"
-    unload(server, "empty")
+    unload(server, name)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,54 @@ def test_http_errors(server: TritonServer) -> None:
     assert (broken.status_code, "not valid UTF-8" in broken.json()["error"]) == (400, True)
 
 
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ({"stream": "false"}, "non-boolean as boolean"),
+        ({"stream": None}, "non-boolean as boolean"),
+        ({"return_timings": 1}, "non-boolean as boolean"),
+        ({"text_input": None}, "non-string as string"),
+        ({"sampling_parameters": {"max_tokens": 1}}, "non-string as string"),
+        ({"max_tokens": None}, "'max_tokens' has invalid type"),
+        ({"parameters": {"max_tokens": None}}, "'max_tokens' has invalid type"),
+        ({"stop": ["b"]}, "'stop' has invalid type"),
+    ],
+)
+def test_what_the_servers_own_parser_refuses(server: TritonServer, body: dict, complaint: str) -> None:
+    """No request reaches the model here: what docs/tensors.md says of it is the server's doing."""
+    answer = post(server, {"text_input": "one two"} | body)
+    assert answer.is_error
+    assert complaint in answer.json()["error"]
+
+
+def test_casts_and_nulls_that_reach_the_model(server: TritonServer) -> None:
+    sampling = {
+        "max_tokens": "2",
+        "ignore_eos": "true",
+        "temperature": 1,
+        "top_p": "0.5",
+        "seed": None,
+        "stop": None,
+    }
+    body = {"text_input": "one two three", "sampling_parameters": json.dumps(sampling)}
+    answer = post(server, {**body, "exclude_input_in_output": True, "n": "1", "stop": '["x"]'})
+    assert (answer.status_code, answer.json()["text_output"]) == (200, "one two")
+
+
+def test_outputs_that_a_request_names(stream: GrpcStream) -> None:
+    """Those and no others come back; a name that the model does not have is refused by the server."""
+    for names, sent in ((["text_output"], {"text_output"}), (["finish_reason"], {"finish_reason"})):
+        asked = [grpcclient.InferRequestedOutput(name) for name in names]
+        stream.send(tensors("a b", stream=True, return_finish_reason=True), outputs=asked)
+        results = stream.collect()[""]
+        assert [{output.name for output in result.get_response().outputs} for result in results] == [
+            sent
+        ] * len(results)
+    stream.send(tensors("a b", stream=True), outputs=[grpcclient.InferRequestedOutput("nonsense")])
+    [error] = stream.collect()[""]
+    assert "unexpected inference output 'nonsense'" in str(error)
+
+
 def test_grpc_stream(stream: GrpcStream) -> None:
     stream.send(tensors('@{"delay_s": 0.1} one two three', stream=True))
     results = stream.collect()[""]
@@ -181,7 +229,8 @@ def test_a_slow_reader_gets_everything(server: TritonServer) -> None:
 
 OPTIONAL = {
     "finish_reason": "BYTES", "cumulative_logprob": "FP32", "logprobs": "BYTES", "num_input_tokens": "UINT32",
-    "num_output_tokens": "UINT32", "token_ids": "INT32", "timings": "BYTES",
+    "num_output_tokens": "UINT32", "token_ids": "INT32", "timings": "BYTES", "prompt_logprobs": "BYTES",
+    "stop_reason": "BYTES",
 }  # fmt: skip
 
 
@@ -212,6 +261,8 @@ def test_arrays_of_several_sequences(stream: GrpcStream) -> None:
     for positions, first in zip(result.as_numpy("logprobs"), (101, 201, 301), strict=True):
         decoded = json.loads(positions)
         assert [list(position) for position in decoded] == [[str(first)], [str(first + 1)]]
+    assert result.as_numpy("prompt_logprobs").tolist() == [b"null"]
+    assert result.as_numpy("stop_reason").tolist() == [b"null"] * 3
     timings = json.loads(result.as_numpy("timings")[0])
     assert set(timings) == {"queue_s", "first_token_s", "total_s", "num_cached_tokens"}
 

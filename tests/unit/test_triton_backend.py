@@ -176,6 +176,17 @@ def test_errors_begin_with_their_code_where_the_request_asks_for_it(bench: Bench
     assert error_of(request.sender) == ("NOT_FOUND", "[NOT_FOUND] scripted error")
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    ['{"charonia_error_codes": false}', '{"charonia_error_codes": "no"}', '["charonia_error_codes"]'],
+)
+def test_errors_stay_as_they_are_where_their_code_is_not_wanted(bench: Bench, parameters: str) -> None:
+    request = Request({"text_input": text(b"\xff")}, parameters=parameters)
+    bench.backend.execute([request])
+    code, message = error_of(request.sender)
+    assert code == "INVALID_ARG" and not message.startswith("[")
+
+
 def lines_after(bench: Bench, request_id: str) -> list[str]:
     """The log once it has a line of a request that is sent now."""
     done(bench.send(request_id))
@@ -315,6 +326,22 @@ def test_a_client_that_is_gone_does_not_stop_its_sender_thread(tmp_path: Path) -
     gone = bench.send("a b c d", Sender(fails=True), stream=flag(True))
     assert gone.finished.wait(5)
     assert gone.violations == []
+    done(bench.send("a b", stream=flag(True)))
+    assert bench.backend._snapshot() == []
+    bench.backend.shutdown()
+
+
+def test_a_fault_in_telemetry_does_not_stop_a_sender_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, response_senders=1)
+
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.backend._telemetry, "note_closed", fail)
+        done(bench.send("a b", stream=flag(True)))
     done(bench.send("a b", stream=flag(True)))
     assert bench.backend._snapshot() == []
     bench.backend.shutdown()

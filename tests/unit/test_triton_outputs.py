@@ -85,12 +85,14 @@ def test_sequences_without_news_keep_their_place_and_reason() -> None:
     two = assembler("finish_reason", "num_output_tokens", n=2)
     two.add(delta(item(1, "b", 3, finish=FinishReason.LENGTH)))
     assert texts(two.take()) == ["", "b"]
+    assert two.finish_reasons == ("length",)
     two.add(delta(item(0, "a", 1, finish=FinishReason.STOP), finished=True))
     arrays = two.take()
     assert texts(arrays) == ["a", ""]
     assert arrays["finish_reason"].tolist() == [b"stop", b"length"]
     assert arrays["num_output_tokens"].tolist() == [1, 0]
     assert two.finished
+    assert two.finish_reasons == ("stop", "length")
 
 
 def test_tokens_without_text_are_no_content() -> None:

@@ -4,6 +4,8 @@ import random
 import time
 from collections.abc import Sequence
 
+import msgspec
+
 from charonia.config import EngineConfig
 from charonia.errors import InvalidRequestError, UnsupportedError
 from charonia.model_config import ModelConfig
@@ -103,7 +105,10 @@ class InputProcessor:
     def expand(
         self, request: GenerationRequest, token_ids: list[int], first_id: int = 0
     ) -> list[EngineRequest]:
-        """One engine request per sequence (`n`), with ids from `first_id` on. Raises `InvalidRequestError`."""
+        """One engine request per sequence (`n`), with ids from `first_id` on; only the first scores the prompt.
+
+        Raises `InvalidRequestError`.
+        """
         params = request.params
         self._check_params(params, len(token_ids))
         room = self.max_model_len - len(token_ids)
@@ -117,11 +122,13 @@ class InputProcessor:
         timeout = request.timeout_s if request.timeout_s is not None else self._default_deadline_s
         # Random.getrandbits is one C call: safe from several threads.
         seed = params.seed if params.seed is not None else self._random.getrandbits(62)
+        # The prompt is the same for all sequences: it is scored with the first.
+        unscored = msgspec.structs.replace(params, prompt_logprobs=None) if params.n > 1 else params
         return [
             EngineRequest(
                 request_id=first_id + i,
                 prompt_token_ids=token_ids,
-                sampling=params,
+                sampling=unscored if i else params,
                 seed=_wrap_int64(seed + i),
                 max_tokens=min(params.max_tokens, room) if params.max_tokens is not None else room,
                 arrival_time=now,

@@ -81,7 +81,7 @@ class LiveRequest:
             self._fail(delta)
             return
         self._note_first(delta)
-        if delta.prompt_logprobs and self._prompt_logprobs is not None and index == 0:
+        if delta.prompt_logprobs and self._prompt_logprobs is not None:
             self._prompt_logprobs += [
                 convert_logprobs(self._tokenizer, entry) for entry in delta.prompt_logprobs
             ]

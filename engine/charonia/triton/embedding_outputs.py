@@ -14,6 +14,7 @@ class EmbeddingAssembler:
 
     num_sequences = 1
     num_tokens = 0
+    finish_reasons: tuple[str, ...] = ()
     has_content = False
     """There is never anything to show before the end."""
 

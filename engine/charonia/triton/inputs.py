@@ -58,8 +58,14 @@ class RawRequest:
 
     @property
     def wants_error_codes(self) -> bool:
-        """Whether error messages are to begin with their code."""
-        return ERROR_CODES_PARAMETER in self.parameters
+        """Whether error messages are to begin with their code; a parameter that is no boolean asks for nothing."""
+        if ERROR_CODES_PARAMETER not in self.parameters:
+            return False
+        try:
+            value = msgspec.json.decode(self.parameters).get(ERROR_CODES_PARAMETER)
+        except (msgspec.DecodeError, AttributeError, RecursionError):
+            return False
+        return value is True or str(value).lower() == "true"
 
     @classmethod
     def take(cls, request: PbRequest, *, with_trace: bool = False) -> "RawRequest":

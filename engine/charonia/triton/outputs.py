@@ -14,6 +14,9 @@ from charonia.triton.pb import AnyArray
 _LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
+NOT_FINISHED = "None"
+"""The output `finish_reason` of a sequence that goes on."""
+
 
 @dataclass(slots=True)
 class _Sequence:
@@ -23,7 +26,7 @@ class _Sequence:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
-    finish_reason: str = "None"
+    finish_reason: str = NOT_FINISHED
     stop_reason: int | str | None = None
 
 
@@ -72,6 +75,11 @@ class ResponseAssembler:
     def finished(self) -> bool:
         """Whether the last delta is in."""
         return self._last is not None and self._last.finished
+
+    @property
+    def finish_reasons(self) -> tuple[str, ...]:
+        """Of the sequences that have ended."""
+        return tuple(s.finish_reason for s in self._sequences if s.finish_reason != NOT_FINISHED)
 
     @property
     def has_content(self) -> bool:

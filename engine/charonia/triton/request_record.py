@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from charonia.errors import CharoniaError, ErrorCode, QueueFullError
-from charonia.outputs import RequestOutput, RequestTimings
+from charonia.outputs import RequestTimings
 from charonia.serving.request import EmbeddingRequest, GenerationRequest
 from charonia.triton.live_request import LiveRequest
 
@@ -14,7 +14,7 @@ class RequestRecord:
 
     arrival, ended: CLOCK_MONOTONIC, in seconds. timings: seconds from arrival; 0 for what never happened. refused:
     whether the engine did not take it. generation: what it asked for; None where it could not be parsed.
-    finish_reasons: of the sequences that ended in the last response.
+    finish_reasons: of the sequences that have ended, in their order; none for an embedding.
     """
 
     request_id: str
@@ -38,7 +38,6 @@ class RequestRecord:
         last = assembler.last if assembler is not None else None
         cancelled = error is not None and error.code is ErrorCode.CANCELLED
         refused = not cancelled and (not request.submitted or isinstance(error, QueueFullError))
-        outputs = last.outputs if isinstance(last, RequestOutput) else []
         return cls(
             request_id=request.request_id,
             arrival=request.arrival,
@@ -50,7 +49,7 @@ class RequestRecord:
             num_prompt_tokens=0 if last is None else len(last.prompt_token_ids),
             num_cached_tokens=0 if last is None else last.num_cached_tokens,
             num_generation_tokens=0 if assembler is None else assembler.num_tokens,
-            finish_reasons=tuple(o.finish_reason.value for o in outputs if o.finish_reason is not None),
+            finish_reasons=() if assembler is None else assembler.finish_reasons,
             error=error,
             generation=request.generation,
         )

@@ -109,7 +109,10 @@ class _Sender:
             action(request)
         except Exception as error:
             self._utils.log_error(f"request {request.name}: cannot send a response: {error!r}")
-            self._give_up(request)
+            try:
+                self._give_up(request)
+            except Exception as again:
+                self._utils.log_error(f"request {request.name}: cannot be given up: {again!r}")
 
     def _serve(self, request: LiveRequest) -> None:
         """Send what there is to send of one request."""
