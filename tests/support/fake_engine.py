@@ -65,6 +65,7 @@ class FakeEngine:
         self._events_path = events_path
         self._timers: list[tuple[float, int, FakeHandle]] = []
         self._order = itertools.count()
+        self._started = time.monotonic()
         self._live: set[FakeHandle] = set()
         self._changed = threading.Condition()
         self._closing = False
@@ -115,6 +116,7 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         with self._changed:
             return EngineStats(
+                started=self._started,
                 num_running=sum(handle.state != "queued" for handle in self._live),
                 num_waiting=sum(handle.state == "queued" for handle in self._live),
                 kv_blocks_used=7, kv_blocks_total=100, block_size=16,

@@ -238,25 +238,41 @@ def test_one_instance_exports_the_engine_and_another_takes_over(tmp_path: Path) 
         asked.append(1)
         return stats
 
+    of_first = dict(MetricFamily.known)
     second = Frontend(tmp_path, second_stats)
+
+    def total(name: str) -> float:
+        """What the server shows: the sum of all that its instances have added, those that have gone too."""
+        return of_first[name].metrics[0].value + (value(name) or 0.0)
+
     time.sleep(0.1)
     assert asked == []
     first.exporter.stop()
-    eventually(lambda: asked)
+    eventually(lambda: len(asked) > 1)
+    # What the first has pushed is in the server for good.
+    stats.preemptions += 2
+    stats.note_step(num_tokens=6, num_sequences=3)
+    eventually(lambda: total("charonia_preemptions_total") == 3)
+    assert total("charonia_prefix_cache_hits_total") == 4
+    eventually(lambda: total("charonia_step_tokens_sum") == 70)
+    assert total("charonia_step_seconds_count") == 1
     second.exporter.stop()
 
 
 def test_counters_survive_an_engine_that_starts_over(tmp_path: Path) -> None:
-    stats = EngineStats(preemptions=7)
-    frontend = Frontend(tmp_path, lambda: stats)
+    engines = [EngineStats(preemptions=7)]
+    frontend = Frontend(tmp_path, lambda: engines[-1])
     eventually(lambda: value("charonia_preemptions_total") == 7)
     assert value("charonia_engine_ready") == 1
     frontend.engine.is_ready = False
     eventually(lambda: value("charonia_engine_ready") == 0)
-    stats.preemptions = 2
+    engines.append(EngineStats(preemptions=2))
     eventually(lambda: value("charonia_preemptions_total") == 9)
-    stats.preemptions = 3
+    engines[-1].preemptions = 3
     eventually(lambda: value("charonia_preemptions_total") == 10)
+    # One that has counted further than the one before, between two pushes.
+    engines.append(EngineStats(preemptions=5))
+    eventually(lambda: value("charonia_preemptions_total") == 15)
     frontend.exporter.stop()
 
 
@@ -292,5 +308,9 @@ def test_the_lock_goes_to_one_holder_at_a_time(tmp_path: Path) -> None:
     first.release()
     assert second.acquire()
     assert not first.acquire()
+    assert second.read() == b""
+    second.write(b"something long")
+    second.write(b"short")
     second.release()
-    assert not (tmp_path / "lock").exists()
+    assert first.acquire() and first.read() == b"short"
+    first.release()

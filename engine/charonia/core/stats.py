@@ -1,5 +1,7 @@
 """Counters and gauges of one engine, kept in one place."""
 
+import time
+
 import msgspec
 
 from charonia.core.histogram import Histogram
@@ -14,10 +16,12 @@ STEP_SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 class EngineStats(msgspec.Struct, kw_only=True):
     """Gauges are the latest values, counters and histograms only grow. Token counts unless named otherwise.
 
+    started: when the engine began to count (CLOCK_MONOTONIC); tells it from the engines before and after it.
     step_seconds: from a step's launch to its result; with lookahead it includes the wait for the step before.
     step_tokens, step_sequences: tokens that a step computes, and the sequences whose they are.
     """
 
+    started: float = msgspec.field(default_factory=time.monotonic)
     num_running: int = 0
     num_waiting: int = 0
     kv_blocks_used: int = 0

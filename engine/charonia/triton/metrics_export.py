@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from charonia.core.histogram import Histogram
 from charonia.core.stats import EngineStats
 from charonia.serving.metrics import TokenCounts
@@ -103,17 +105,22 @@ class VllmMetrics:
 
 
 class EngineMetrics:
-    """What describes the engine."""
+    """What describes the engine.
 
-    def __init__(self, registry: MetricRegistry) -> None:
+    lock: held by whoever pushes. It carries the numbers pushed last, for the instance that takes over: the server's
+    series outlive the instance that fed them.
+    """
+
+    def __init__(self, registry: MetricRegistry, lock: ExclusiveFile) -> None:
         registry.declare(ENGINE_FAMILIES)
         self._registry = registry
+        self._lock = lock
         self._gauges: dict[tuple[str, str], float] = {}
-        self._counts: dict[str, float] = {}
-        self._histograms: dict[str, Histogram] = {}
 
     def push(self, stats: EngineStats, *, ready: bool) -> None:
-        """Push the engine's numbers, as far as they have changed."""
+        """Push the engine's numbers, as far as they have changed. Only for the holder of the lock."""
+        before = self._pushed_last(stats)
+        self._lock.write(msgspec.json.encode(stats))
         self._set("charonia_engine_ready", float(ready))
         used, total = stats.kv_blocks_used, stats.kv_blocks_total
         self._set("charonia_requests_running", stats.num_running)
@@ -124,28 +131,27 @@ class EngineMetrics:
         self._set(ORCA_FAMILY, used, "used")
         self._set(ORCA_FAMILY, total, "max")
         self._set(ORCA_FAMILY, stats.block_size, "tokens_per")
-        self._count_up("charonia_prefix_cache_queries_total", stats.prefix_cache_queries)
-        self._count_up("charonia_prefix_cache_hits_total", stats.prefix_cache_hits)
-        self._count_up("charonia_preemptions_total", stats.preemptions)
-        self._fill("charonia_step_seconds", stats.step_seconds)
-        self._fill("charonia_step_tokens", stats.step_tokens)
-        self._fill("charonia_step_sequences", stats.step_sequences)
+        add, fill = self._registry.add, self._registry.add_buckets
+        add("charonia_prefix_cache_queries_total", stats.prefix_cache_queries - before.prefix_cache_queries)
+        add("charonia_prefix_cache_hits_total", stats.prefix_cache_hits - before.prefix_cache_hits)
+        add("charonia_preemptions_total", stats.preemptions - before.preemptions)
+        fill("charonia_step_seconds", stats.step_seconds.since(before.step_seconds))
+        fill("charonia_step_tokens", stats.step_tokens.since(before.step_tokens))
+        fill("charonia_step_sequences", stats.step_sequences.since(before.step_sequences))
+
+    def _pushed_last(self, stats: EngineStats) -> EngineStats:
+        """The numbers of this engine that the server has already; zeros if it has none."""
+        try:
+            before = msgspec.json.decode(self._lock.read(), type=EngineStats)
+        except msgspec.DecodeError:
+            return EngineStats()
+        # An engine that has been restarted counts from zero again.
+        return before if before.started == stats.started else EngineStats()
 
     def _set(self, name: str, value: float, label: str = "") -> None:
         if self._gauges.get((name, label)) != value:
             self._gauges[name, label] = value
             self._registry.set(name, value, label)
-
-    def _count_up(self, name: str, value: float) -> None:
-        # An engine that was restarted counts from zero again.
-        before = self._counts.get(name, 0.0)
-        self._counts[name] = value
-        self._registry.add(name, value - before if value >= before else value)
-
-    def _fill(self, name: str, histogram: Histogram) -> None:
-        added = histogram.since(self._histograms.get(name))
-        self._histograms[name] = histogram.copy()
-        self._registry.add_buckets(name, added)
 
 
 class MetricsExporter:
@@ -209,7 +215,7 @@ class MetricsExporter:
         frontend: list[FrontendMetrics] = [CharoniaMetrics(self._registry)]
         if self._vllm_max_model_len is not None:
             frontend.append(VllmMetrics(self._registry, self._vllm_max_model_len))
-        return frontend, EngineMetrics(self._engine_registry)
+        return frontend, EngineMetrics(self._engine_registry, self._lock)
 
     def _push(self, frontend: list[FrontendMetrics], engine: EngineMetrics) -> None:
         tokens, requests = self._engine.meter.take(), self._counters.take()
