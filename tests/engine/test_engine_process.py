@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -181,6 +182,22 @@ def test_engine_death_ends_requests_and_brings_another(config: EngineConfig, run
     assert all(isinstance(sink.errors[0], EngineDeadError) for sink in sinks)
     wait_until(lambda: engine.is_ready)
     assert run(engine) == expected
+    engine.shutdown()
+
+
+def test_requests_end_when_the_engine_hangs_up(config: EngineConfig, runtime_dir: Path) -> None:
+    engine = AsyncEngine.attach(config, runtime_dir=runtime_dir)
+    sink = Collector()
+    engine.submit(GenerationRequest(prompt="Hello", params=LONG), sink)
+    wait_until(lambda: bool(sink.outputs))
+    link = engine._frontend._link
+    assert link is not None and link._channel is not None
+    # The engine sees the end of the connection and hangs up; neither process has died.
+    link._channel._socket.shutdown(socket.SHUT_WR)
+    wait_until(lambda: bool(sink.errors), 10.0)
+    assert isinstance(sink.errors[0], EngineDeadError)
+    wait_until(lambda: engine.is_ready)
+    assert run(engine)
     engine.shutdown()
 
 
