@@ -438,6 +438,22 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert threading.active_count() == before
 
 
+def test_no_thread_outlives_a_shutdown_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = threading.active_count()
+    bench = Bench(tmp_path)
+    done(bench.send("a b", stream=flag(True)))
+    end = bench.engine.shutdown
+
+    def fail(drain_timeout_s: float) -> None:
+        end(drain_timeout_s)
+        raise OSError("the engine's folder is gone")
+
+    monkeypatch.setattr(bench.engine, "shutdown", fail)
+    with pytest.raises(OSError, match="folder is gone"):
+        bench.backend.shutdown()
+    assert threading.active_count() == before
+
+
 def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend_module.TritonUtils, "load", lambda: TritonUtils(fake_pb))
     (tmp_path / "llm" / "1").mkdir(parents=True)

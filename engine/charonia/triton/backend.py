@@ -5,6 +5,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from charonia.config import EngineConfig
@@ -119,13 +120,18 @@ class TritonBackend:
             self._sweeper.nudge()
 
     def shutdown(self) -> None:
-        """Drain and detach. Triton calls `finalize` only once every request has ended, so this is quick."""
-        self._guard.stop()
-        self._intake.stop()
-        self._engine.shutdown(self._drain_timeout_s)
-        self._responder.stop()
-        self._sweeper.stop()
-        self._telemetry.stop()
+        """Drain and detach. Triton calls `finalize` only once every request has ended, so this is quick.
+
+        No thread may call the stub afterwards: all are ended, whatever goes wrong with one of them.
+        """
+        with ExitStack() as steps:
+            # The last one named is the first to run.
+            steps.callback(self._telemetry.stop)
+            steps.callback(self._sweeper.stop)
+            steps.callback(self._responder.stop)
+            steps.callback(self._engine.shutdown, self._drain_timeout_s)
+            steps.callback(self._intake.stop)
+            steps.callback(self._guard.stop)
 
     def _snapshot(self) -> list[LiveRequest]:
         with self._live_lock:
