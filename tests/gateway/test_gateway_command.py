@@ -55,6 +55,16 @@ def test_two_workers_with_keys(scripted, fake, tmp_path: Path) -> None:
         assert eventually(lambda: not any(is_running(pid) for pid in workers), 5)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_was_asked_for_is_no_failure(scripted, number) -> None:
+    with command(f"--triton={scripted.url}", "--port=0", "--drain-timeout=2") as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        assert eventually(lambda: httpx.get(f"{address.removesuffix('/v1')}/version").status_code == 200, 20)
+        process.send_signal(number)
+        assert process.wait(20) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

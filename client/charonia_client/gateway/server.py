@@ -2,11 +2,13 @@
 
 import logging
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -72,5 +74,15 @@ def _serve(app: FastAPI, listen: ListenSettings, listener: socket.socket) -> int
         lifespan="on",
     )
     server = uvicorn.Server(config)
-    server.run(sockets=[listener])
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    # uvicorn raises the signals that ended it once more, for these handlers: a stop that was asked for is no failure.
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0 if server.started else 1
