@@ -4,6 +4,7 @@ A request whose grammar is still being compiled waits outside the queue. Afterwa
 tokens; it lives on the host, so that preemption does not touch it.
 """
 
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Protocol
@@ -39,6 +40,8 @@ class Constraints:
     def __init__(self, backend: GrammarBackend | None) -> None:
         self._backend = backend
         self._compiling: dict[int, tuple[Request, Future[Matcher]]] = {}
+        self._done: deque[Request] = deque()
+        """Requests whose grammars are done, and some that have been forgotten since; filled by any thread."""
         self._num_live = 0
         """Requests that have a matcher and have not ended."""
 
@@ -62,14 +65,19 @@ class Constraints:
         params = request.data.sampling.structured_outputs
         assert params is not None, "a request without a grammar has nothing to wait for"
         assert self._backend is not None, "`check` comes before"
-        self._compiling[request.request_id] = (request, self._backend.compile(params))
+        future = self._backend.compile(params)
+        self._compiling[request.request_id] = (request, future)
+        future.add_done_callback(lambda _: self._done.append(request))
 
     def take_compiled(
         self, admit: Callable[[Request], None], fail: Callable[[Request, CharoniaError], None]
     ) -> None:
         """Hand on the requests whose grammars are done; they are forgotten here first."""
-        done = [item for item in self._compiling.values() if item[1].done()]
-        for request, future in done:
+        while self._done:
+            request = self._done.popleft()
+            waiting, future = self._compiling.get(request.request_id, (None, None))
+            if waiting is not request or future is None:
+                continue
             error = future.exception()
             if error is None:
                 del self._compiling[request.request_id]
