@@ -135,6 +135,29 @@ def test_two_instances_share_the_work_and_the_metrics(explicit: tuple[TritonServ
     eventually(lambda: len(events("shutdown")) == 2)
 
 
+def test_a_server_that_warmed_its_model_up_still_gets_its_drain(tmp_path: Path) -> None:
+    """The requests of `model_warmup` are there before the server listens, which is how its exit is noticed."""
+    warmup = """
+model_warmup [ { name: "hello" batch_size: 1 inputs {
+  key: "text_input" value { data_type: TYPE_STRING dims: [ 1 ] input_data_file: "hello" }
+} } ]"""
+    repository = tmp_path / "repository"
+    parameters = {"drain_timeout_s": "0.5"}
+    events = Events(add_model(repository, config=TEMPLATE.read_text() + warmup, parameters=parameters))
+    (repository / "llm" / "warmup").mkdir()
+    (repository / "llm" / "warmup" / "hello").write_bytes(b"\x03\x00\x00\x00a b")
+    with running(repository) as server:
+        assert len(events("submit")) == 1
+        with GrpcStream(server.grpc_url) as stream:
+            endless = tensors(
+                '@{"delay_s": 0.05, "tokens": 9999}', sampling={"max_tokens": 9999}, stream=True
+            )
+            stream.send(endless, request_id="endless")
+            events.wait("scheduled", "endless")
+            server.request_stop()
+            assert "the server is shutting down" in str(stream.collect()[""][0])
+
+
 def test_unloading_waits_for_live_requests(explicit: tuple[TritonServer, Path]) -> None:
     server, repository = explicit
     events = Events(add_model(repository, "leaving"))

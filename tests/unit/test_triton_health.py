@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from charonia.triton import health
 from charonia.triton.health import DrainGuard, ServerExit
 
 
@@ -24,6 +25,23 @@ def test_a_listening_socket_that_closes_gives_the_exit_away() -> None:
     http.close()
     assert watch.seen
     grpc.close()
+
+
+def test_requests_that_come_before_the_server_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of `model_warmup` do."""
+    monkeypatch.setattr(health, "_LOOK_PERIOD_S", 0.0)
+    watch = ServerExit(os.getpid())
+    watch.arm()
+    with socket.create_server(("127.0.0.1", 0)):
+        watch.arm()
+        http = socket.create_server(("127.0.0.1", 0))
+        watch.arm()
+        watch.arm()
+        assert not watch.seen
+        http.close()
+        assert watch.seen
+        watch.arm()
+        assert watch.seen
 
 
 def test_a_reused_descriptor_does_not_hide_it() -> None:

@@ -1,10 +1,12 @@
 """Is the model ready, and is the server about to end?"""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 _CHECK_PERIOD_S = 0.5
+_LOOK_PERIOD_S = 1.0
 _DEFAULT_EXIT_TIMEOUT_S = 30.0
 _EXIT_MARGIN_S = 5.0
 _LISTEN = "0A"
@@ -16,7 +18,7 @@ class ServerExit:
     On SIGTERM the server stops listening for HTTP at once, but calls `finalize()` only when every request has ended; it
     gives up when its exit timeout has passed, and then may hang until it is killed. (`pb_utils.is_model_ready` would
     tell, but blocks for ever with the interpreter's lock held when called during a shutdown.) So the listening sockets
-    seen on the first request are watched: when one closes, the server is on its way out. A server that serves gRPC
+    seen by the first requests are watched: when one closes, the server is on its way out. A server that serves gRPC
     alone keeps listening and is not noticed.
 
     server_pid: of the tritonserver process.
@@ -24,17 +26,28 @@ class ServerExit:
 
     def __init__(self, server_pid: int, proc: Path = Path("/proc")) -> None:
         self._process = proc / str(server_pid)
-        self._listeners: dict[Path, str] | None = None
+        self._listeners: dict[Path, str] = {}
+        self._settled = False
+        self._next_look = 0.0
 
     def arm(self) -> None:
-        """Note what the server listens on, the first time; call once it serves."""
-        if self._listeners is None:
-            self._listeners = self._find_listeners()
+        """Note what the server listens on; call with every request.
+
+        Requests of `model_warmup` come before the server listens, and the first client may come before it listens
+        everywhere: so it is looked up again until it is the same twice, `_LOOK_PERIOD_S` apart.
+        """
+        if self._settled or time.monotonic() < self._next_look or self.seen:
+            return
+        found = self._find_listeners()
+        self._settled = bool(found) and found == self._listeners
+        self._listeners = found
+        if found:
+            self._next_look = time.monotonic() + _LOOK_PERIOD_S
 
     @property
     def seen(self) -> bool:
         """Whether a listening socket has closed since `arm`."""
-        return any(_link(path) != target for path, target in (self._listeners or {}).items())
+        return any(_link(path) != target for path, target in self._listeners.items())
 
     def exit_timeout_s(self) -> float:
         """The server's `--exit-timeout-secs`."""
