@@ -8,8 +8,8 @@ import pytest
 from charonia_client import grpc_wire
 from charonia_client.errors import InternalServerError, RequestCancelledError, ServerUnavailableError
 from charonia_client.http2 import ErrorCode, Http2Connection, StreamError
-from charonia_client.http2.connection import STREAM_WINDOW
 from charonia_client.http2.keepalive import Keepalive
+from charonia_client.http2.receiving import STREAM_WINDOW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,7 +250,7 @@ async def test_garbage_neither_raises_nor_piles_up(parts: list[bytes], step: int
     data = b"".join(parts)
     for i in range(0, len(data), step):
         connection.data_received(data[i : i + step])
-    assert len(connection._rest) < 16_384 + 9
+    assert len(connection._receiver.rest) < 16_384 + 9
     connection.connection_lost(None)
     assert [len(sink.ends) for sink in sinks] == [1, 1]
     assert connection.closed.done() and connection.num_streams == 0

@@ -5,23 +5,16 @@ import time
 from collections.abc import Callable, Iterable
 from typing import cast
 
-import hpack
-
 from charonia_client.http2 import frames
 from charonia_client.http2.frames import BrokenProtocolError, ErrorCode, frame
-from charonia_client.http2.headers import HeaderReader
 from charonia_client.http2.keepalive import Keepalive
+from charonia_client.http2.receiving import CONNECTION_WINDOW, STREAM_WINDOW, Receiver
+from charonia_client.http2.sending import Sender
 from charonia_client.http2.streams import Stream, StreamError, StreamSink
 
-STREAM_WINDOW = 1 << 20
-"""Bytes that a server may send on a stream whose reader has paused."""
-_TOP_UP = STREAM_WINDOW // 2
-_CONNECTION_TOP_UP = 2**30
-_TOO_LONG = (frames.DEFAULT_FRAME + 1) << 8
 _MAX_UNSENT = 64 << 20
 """Bytes of answers to a server that does not read them."""
 _ABORT_S = 1.0
-_unpack_header = frames.HEADER.unpack_from
 
 
 class Http2Connection(asyncio.Protocol):
@@ -43,13 +36,9 @@ class Http2Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._streams: dict[int, Stream] = {}
         self._next_id = 1
-        self._rest = b""
-        self._window = self._initial_window = frames.DEFAULT_WINDOW
-        self._max_frame = frames.DEFAULT_FRAME
-        self._received = 0
         self._broken = False
-        self._encoder = hpack.Encoder()
-        self._headers = HeaderReader()
+        self._sender = Sender(self._streams, self._write)
+        self._receiver = Receiver(self._streams, self._write, self._take)
         self._keepalive = Keepalive(self._ping, self._lost_peer)
 
     @property
@@ -71,7 +60,7 @@ class Http2Connection(asyncio.Protocol):
             (frames.ENABLE_PUSH, 0), (frames.INITIAL_WINDOW, STREAM_WINDOW), (frames.MAX_HEADER_LIST, 64 << 10),
         )  # fmt: skip
         body = b"".join(frames.SETTING.pack(*each) for each in settings)
-        more = frames.WORD.pack(frames.LARGEST - frames.DEFAULT_WINDOW)
+        more = frames.WORD.pack(CONNECTION_WINDOW - frames.DEFAULT_WINDOW)
         opening = frame(frames.SETTINGS, 0, 0, body) + frame(frames.WINDOW_UPDATE, 0, 0, more)
         self._transport.write(frames.PREFACE + opening)
         self._keepalive.start(self._loop)
@@ -81,27 +70,25 @@ class Http2Connection(asyncio.Protocol):
         stream_id, self._next_id = self._next_id, self._next_id + 2
         if self._next_id > frames.LARGEST:
             self.is_open = False
-        self._streams[stream_id] = Stream(sink, self._initial_window)
-        block = self._encoder.encode(headers)
-        self._transport.write(frames.header_frames(stream_id, block, self._max_frame))
+        self._sender.open(stream_id, headers, sink)
         return stream_id
 
     def send(self, stream_id: int, data: bytes) -> None:
         """Send part of a body, as fast as the server allows. Nothing happens on a stream that has ended."""
         if (stream := self._streams.get(stream_id)) is not None and not stream.closing:
             stream.pending += data
-            self._flush(stream_id, stream)
+            self._sender.flush(stream_id, stream)
 
     def half_close(self, stream_id: int) -> None:
         """Say that the body is complete."""
         if (stream := self._streams.get(stream_id)) is not None and not stream.closing:
             stream.closing = True
-            self._flush(stream_id, stream)
+            self._sender.flush(stream_id, stream)
 
     def reset(self, stream_id: int, code: ErrorCode = ErrorCode.CANCEL) -> None:
         """Cancel a stream; its sink hears nothing more."""
         if self._streams.pop(stream_id, None) is not None:
-            self._write(frame(frames.RST_STREAM, 0, stream_id, frames.WORD.pack(code)))
+            self._write(_reset(stream_id, code))
             self._left()
 
     def pause(self, stream_id: int) -> None:
@@ -112,9 +99,7 @@ class Http2Connection(asyncio.Protocol):
     def resume(self, stream_id: int) -> None:
         """Let it go on."""
         if (stream := self._streams.get(stream_id)) is not None:
-            stream.paused = False
-            if stream.received:
-                self._allow(stream_id, stream)
+            self._receiver.resume(stream_id, stream)
 
     def close(self) -> None:
         """Close the connection. Streams that are still open end with an error."""
@@ -130,34 +115,6 @@ class Http2Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(data)
 
-    def _flush(self, stream_id: int, stream: Stream) -> None:
-        out = []
-        pending = stream.pending
-        while pending and (size := min(len(pending), self._max_frame, self._window, stream.window)) > 0:
-            stream.ended = stream.closing and size == len(pending)
-            flags = frames.END_STREAM if stream.ended else 0
-            out.append(frame(frames.DATA, flags, stream_id, bytes(pending[:size])))
-            del pending[:size]
-            self._window -= size
-            stream.window -= size
-        if stream.closing and not pending and not stream.ended:
-            stream.ended = True
-            out.append(frame(frames.DATA, frames.END_STREAM, stream_id, b""))
-        if out:
-            self._write(b"".join(out))
-
-    def _flush_all(self) -> None:
-        for stream_id, stream in self._streams.items():
-            if self._window <= 0:
-                return
-            if stream.pending:
-                self._flush(stream_id, stream)
-
-    def _allow(self, stream_id: int, stream: Stream) -> None:
-        """Have the server send as much again as has come on a stream."""
-        self._write(frame(frames.WINDOW_UPDATE, 0, stream_id, frames.WORD.pack(stream.received)))
-        stream.received = 0
-
     # ---- receiving ----
 
     def data_received(self, data: bytes) -> None:
@@ -165,71 +122,33 @@ class Http2Connection(asyncio.Protocol):
         if self._broken:
             return
         try:
-            self._read(data)
+            self._keepalive.heard = True
+            self._receiver.feed(data, time.monotonic_ns())
         except BrokenProtocolError as error:
             text = f"the server broke HTTP/2: {error}"
             if not self.ready.done():
                 text = f"the server does not speak HTTP/2: {error}"
             self._shut(error.code, StreamError(text))
 
-    def _read(self, data: bytes) -> None:
-        now = time.monotonic_ns()
-        self._keepalive.heard = True
-        if self._rest:
-            data = self._rest + data
-        start, size = 0, len(data)
-        streams, headers = self._streams, self._headers
-        while size - start >= 9:
-            word, flags, stream_id = _unpack_header(data, start)
-            if word >= _TOO_LONG:
-                raise BrokenProtocolError(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {word >> 8} bytes")
-            begin = start + 9
-            end = begin + (word >> 8)
-            if end > size:
-                break
-            # The common case first: a kind of 0 is DATA, and without flags there is neither padding nor an end.
-            if not word & 0xFF and not flags and not headers.is_open and stream_id in streams:
-                stream = streams[stream_id]
-                self._received += end - begin
-                stream.received += end - begin
-                if stream.received > _TOP_UP:
-                    self._top_up(stream_id, stream)
-                stream.sink.on_data(data[begin:end], now)
-            else:
-                self._take(word & 0xFF, flags, stream_id & frames.LARGEST, data[begin:end], now)
-            if self._broken:
-                return
-            start = end
-        self._rest = data[start:]
-        if self._received > _CONNECTION_TOP_UP:
-            self._write(frame(frames.WINDOW_UPDATE, 0, 0, frames.WORD.pack(self._received)))
-            self._received = 0
-
     def connection_lost(self, error: Exception | None) -> None:
         """Every stream ends with it."""
-        self._broken, self.is_open = True, False
-        self._keepalive.stop()
+        self._stop()
         self._end_all(StreamError(f"the connection was lost: {error or 'closed by the server'}"))
         if not self.closed.done():
             self.closed.set_result(None)
 
-    def _top_up(self, stream_id: int, stream: Stream) -> None:
-        if stream.received > STREAM_WINDOW:
-            raise BrokenProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "more data than it was allowed to send")
-        if not stream.paused:
-            self._allow(stream_id, stream)
-
     def _take(self, kind: int, flags: int, stream_id: int, body: bytes, now: int) -> None:
         """Any frame."""
-        if self._headers.is_open and kind != frames.CONTINUATION:
+        block = self._receiver.headers
+        if block.is_open and kind != frames.CONTINUATION:
             raise BrokenProtocolError(ErrorCode.PROTOCOL_ERROR, "a frame within a header block")
         if kind == frames.DATA:
             self._take_data(flags, stream_id, body, now)
         elif kind == frames.HEADERS:
             self._require_known(stream_id)
-            self._take_headers(stream_id, self._headers.begin(stream_id, flags, body), now)
+            self._take_headers(stream_id, block.begin(stream_id, flags, body), now)
         elif kind == frames.CONTINUATION:
-            self._take_headers(stream_id, self._headers.go_on(stream_id, flags, body), now)
+            self._take_headers(stream_id, block.go_on(stream_id, flags, body), now)
         elif kind == frames.SETTINGS:
             self._take_settings(flags, stream_id, body)
         elif not self.ready.done():
@@ -256,13 +175,10 @@ class Http2Connection(asyncio.Protocol):
 
     def _take_data(self, flags: int, stream_id: int, body: bytes, now: int) -> None:
         self._require_known(stream_id)
-        self._received += len(body)
         content = frames.unpadded(body, flags)
+        self._receiver.count(stream_id, len(body))
         if (stream := self._streams.get(stream_id)) is None:
             return
-        stream.received += len(body)
-        if stream.received > _TOP_UP:
-            self._top_up(stream_id, stream)
         if content:
             stream.sink.on_data(content, now)
         if flags & frames.END_STREAM:
@@ -287,50 +203,25 @@ class Http2Connection(asyncio.Protocol):
         if flags & frames.ACK:
             return
         for name, value in frames.SETTING.iter_unpack(body):
-            self._set(name, value)
+            if name == frames.MAX_STREAMS:
+                self.max_streams = value
+            else:
+                self._sender.set(name, value)
         self._answer(frame(frames.SETTINGS, frames.ACK, 0, b""))
         if not self.ready.done():
             self.ready.set_result(None)
-        self._flush_all()
+        self._sender.flush_all()
         self._on_room()
-
-    def _set(self, name: int, value: int) -> None:
-        if name == frames.INITIAL_WINDOW:
-            difference, self._initial_window = value - self._initial_window, value
-            largest = max((stream.window for stream in self._streams.values()), default=0)
-            if max(value, largest + difference) > frames.LARGEST:
-                raise BrokenProtocolError(ErrorCode.FLOW_CONTROL_ERROR, "a window that is too large")
-            for stream in self._streams.values():
-                stream.window += difference
-        elif name == frames.MAX_FRAME:
-            if not frames.DEFAULT_FRAME <= value < 2**24:
-                raise BrokenProtocolError(ErrorCode.PROTOCOL_ERROR, f"a maximum frame size of {value}")
-            self._max_frame = value
-        elif name == frames.MAX_STREAMS:
-            self.max_streams = value
-        elif name == frames.HEADER_TABLE_SIZE:
-            self._encoder.header_table_size = min(value, 4096)
 
     def _open_window(self, stream_id: int, size: int, now: int) -> None:
         if not stream_id:
-            self._window += size
-            if not size or self._window > frames.LARGEST:
-                raise BrokenProtocolError(ErrorCode.FLOW_CONTROL_ERROR, f"a window update by {size}")
-            self._flush_all()
+            self._sender.widen(size)
             return
         self._require_known(stream_id)
         if (stream := self._streams.get(stream_id)) is None:
             return
-        stream.window += size
-        if not size or stream.window > frames.LARGEST:
-            self._write(
-                frame(frames.RST_STREAM, 0, stream_id, frames.WORD.pack(ErrorCode.FLOW_CONTROL_ERROR))
-            )
-            self._fail(
-                stream_id, StreamError(f"a window update by {size}", ErrorCode.FLOW_CONTROL_ERROR), now
-            )
-        elif stream.pending:
-            self._flush(stream_id, stream)
+        if not self._sender.widen_stream(stream_id, stream, size):
+            self._give_up(stream_id, ErrorCode.FLOW_CONTROL_ERROR, f"a window update by {size}", now)
 
     def _was_reset(self, stream_id: int, code: int, now: int) -> None:
         name = ErrorCode(code).name if code in ErrorCode._value2member_map_ else "unknown"
@@ -352,7 +243,7 @@ class Http2Connection(asyncio.Protocol):
             return
         if not stream.ended:
             # The server has answered without waiting for the rest of the request, which nobody is to send now.
-            self._write(frame(frames.RST_STREAM, 0, stream_id, frames.WORD.pack(ErrorCode.NO_ERROR)))
+            self._write(_reset(stream_id, ErrorCode.NO_ERROR))
         stream.sink.on_end(stream.headers, now, None)
         self._left()
 
@@ -360,6 +251,11 @@ class Http2Connection(asyncio.Protocol):
         if (stream := self._streams.pop(stream_id, None)) is not None:
             stream.sink.on_end(stream.headers, now, error)
             self._left()
+
+    def _give_up(self, stream_id: int, code: ErrorCode, text: str, now: int) -> None:
+        """End a stream on which the server did what HTTP/2 does not allow."""
+        self._write(_reset(stream_id, code))
+        self._fail(stream_id, StreamError(text, code), now)
 
     def _left(self) -> None:
         """A stream has left. A connection that takes no new ones ends with its last."""
@@ -377,10 +273,14 @@ class Http2Connection(asyncio.Protocol):
             self.ready.exception()  # whoever waits for it still gets it; nobody need
         self._on_room()
 
+    def _stop(self) -> None:
+        self._broken, self.is_open = True, False
+        self._receiver.stop()
+        self._keepalive.stop()
+
     def _shut(self, code: ErrorCode, error: StreamError) -> None:
         """End the connection from this side."""
-        self._broken, self.is_open = True, False
-        self._keepalive.stop()
+        self._stop()
         self._write(frame(frames.GOAWAY, 0, 0, frames.WORD.pack(0) + frames.WORD.pack(code)))
         self._transport.close()
         self._loop.call_later(_ABORT_S, self._transport.abort)
@@ -403,3 +303,7 @@ class Http2Connection(asyncio.Protocol):
             ErrorCode.NO_ERROR, StreamError("the connection was lost: the server does not answer a ping")
         )
         self._transport.abort()
+
+
+def _reset(stream_id: int, code: ErrorCode) -> bytes:
+    return frame(frames.RST_STREAM, 0, stream_id, frames.WORD.pack(code))
