@@ -27,7 +27,7 @@ class QueueFullError(ServerUnavailableError):
 
 
 class ModelNotReadyError(CharoniaClientError):
-    """The server is up, and the model is loading, unloading or failed."""
+    """The server is up, and the model is loading, unloading or failed, or cannot serve the request just now."""
 
 
 class RequestTimeoutError(CharoniaClientError, TimeoutError):
@@ -128,10 +128,14 @@ _BY_CODE: Final[dict[str, type[CharoniaClientError]]] = {
     "NOT_FOUND": NotFoundError,
     "UNSUPPORTED": UnsupportedError,
     "INTERNAL": InternalServerError,
-    "UNAVAILABLE": ServerUnavailableError,
+    "UNAVAILABLE": ModelNotReadyError,
     "CANCELLED": RequestCancelledError,
 }
-_TOLD_APART_BY_TEXT: Final = (ServerUnavailableError, RequestCancelledError)
+_TOLD_APART_BY_TEXT: Final[dict[type[CharoniaClientError], frozenset[type[CharoniaClientError]]]] = {
+    ModelNotReadyError: frozenset({QueueFullError}),
+    RequestCancelledError: frozenset({RequestTimeoutError}),
+}
+"""Kinds that share a code, by the kind that is left when the text tells of no other."""
 
 
 def from_message(
@@ -143,13 +147,14 @@ def from_message(
     them is a 400. Charonia's model puts it in front of the text where the request asks for that; otherwise the
     server's own phrases are all there is to go by. `default` is for the rest.
     """
+    possible: frozenset[type[CharoniaClientError]] | None = None
     coded = _CODED.match(message)
     if coded is not None and coded[1] in _BY_CODE:
         default = _BY_CODE[coded[1]]
         message = message[coded.end() :]
-        if default not in _TOLD_APART_BY_TEXT:
-            return default(message, url=url, model=model)
-    kind = next((kind for pattern, kind in _BY_MESSAGE if pattern.search(message)), default)
+        possible = _TOLD_APART_BY_TEXT.get(default, frozenset())
+    kinds = (kind for pattern, kind in _BY_MESSAGE if pattern.search(message))
+    kind = next((kind for kind in kinds if possible is None or kind in possible), default)
     return kind(message, url=url, model=model)
 
 

@@ -11,10 +11,10 @@ from charonia.triton.live_request import LiveRequest
 from charonia_client import (
     InternalServerError,
     InvalidRequestError,
+    ModelNotReadyError,
     QueueFullError,
     RequestFailedError,
     RequestTimeoutError,
-    ServerUnavailableError,
     UnsupportedError,
 )
 from charonia_client.errors import from_message
@@ -88,7 +88,11 @@ def test_a_text_that_nobody_knows_is_not_guessed_at():
         ("[INVALID_ARG] out of cheese", InvalidRequestError),
         ("[INTERNAL] out of cheese", InternalServerError),
         ("[INVALID_ARG] the model is not ready for this", InvalidRequestError),
-        ("[UNAVAILABLE] out of cheese", ServerUnavailableError),
+        ("[UNAVAILABLE] out of cheese", ModelNotReadyError),
+        (
+            "[UNAVAILABLE] structured outputs are not available: the compiler does not start",
+            ModelNotReadyError,
+        ),
         ("[UNAVAILABLE] 9 requests are waiting already; try again later", QueueFullError),
         ("[CANCELLED] deadline exceeded", RequestTimeoutError),
     ],
