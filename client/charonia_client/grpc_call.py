@@ -71,6 +71,10 @@ class GrpcCall:
         self._is_over = False
         self._id = connection.open_stream(headers, self)
 
+    def admit(self, message: Any, sink: Callable[[Any], None]) -> bool:
+        """Send a request on the call, see `MultiplexedStream.admit`; not once the server is going away."""
+        return self._connection.is_open and self.stream.admit(message, sink)
+
     def close(self) -> None:
         """Cancel the call; its requests end with `RequestCancelledError`."""
         self._cancel()

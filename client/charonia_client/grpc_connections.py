@@ -83,7 +83,7 @@ class GrpcConnections:
             self._failure, self._backoff_s = None, 0.0
         except asyncio.CancelledError:
             return RequestCancelledError("the client was closed", url=self._endpoint.url)
-        except (OSError, StreamError) as error:
+        except (OSError, StreamError, UnicodeError) as error:  # the last from names that are none
             self._failure = self._explained(error)
             self._backoff_s = min(self._backoff_s * 2 or _FIRST_BACKOFF_S, _MAX_BACKOFF_S)
             self._backoff_until = loop.time() + self._backoff_s
@@ -104,6 +104,8 @@ class GrpcConnections:
                 if tls is not None and _negotiated(transport) != "h2":
                     raise StreamError("the server does not offer HTTP/2 over TLS")
                 await connection.ready
+                if not connection.has_room:  # the next attempt has to wait for the back-off
+                    raise StreamError("the server is going away, or takes no requests now")
             except BaseException:
                 connection.abort()
                 raise
@@ -134,6 +136,8 @@ class GrpcConnections:
         self._waiting.append(waiter)
         try:
             await waiter
+            # Whoever waited may have found room elsewhere, and the server may have made room for many at once.
+            asyncio.get_running_loop().call_soon(self._wake_next)
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
                 self._on_room()  # the place that was kept for this one
@@ -141,6 +145,10 @@ class GrpcConnections:
         finally:
             with suppress(ValueError):
                 self._waiting.remove(waiter)
+
+    def _wake_next(self) -> None:
+        if self._waiting and self.with_room() is not None:
+            self._on_room()
 
     def _on_room(self) -> None:
         while self._waiting:

@@ -140,7 +140,7 @@ class GrpcTransport:
                 raise RequestCancelledError("the client was closed", url=self._endpoint.url)
             if self._requests_per_stream > 1:
                 for call in self._calls:
-                    if call.stream.admit(message, sink):
+                    if call.admit(message, sink):
                         return call
             if (connection := self._connections.with_room()) is not None:
                 break

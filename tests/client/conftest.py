@@ -90,17 +90,25 @@ def answers() -> type[Answers]:
 
 @pytest.fixture
 def scripted_grpc() -> Iterator[Callable[..., ScriptedGrpc]]:
-    """Start an in-process gRPC server whose streams run the given script; `port` fixes its port."""
+    """Start an in-process gRPC server whose streams run the given script; `port` fixes its port, and
+    `credentials` make it speak TLS."""
     servers = []
 
-    def start(script: Script, port: int = 0) -> ScriptedGrpc:
+    def start(
+        script: Script, port: int = 0, *, host: str = "127.0.0.1", credentials: Any = None
+    ) -> ScriptedGrpc:
         server = grpc.server(ThreadPoolExecutor(32))
         service = ScriptedService(script)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-        bound = server.add_insecure_port(f"127.0.0.1:{port}")
+        address = f"{host}:{port}"
+        if credentials is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
         server.start()
         servers.append(server)
-        return ScriptedGrpc(f"127.0.0.1:{bound}", service)
+        scheme = "" if credentials is None else "grpcs://"
+        return ScriptedGrpc(f"{scheme}{host}:{bound}", service)
 
     yield start
     for server in servers:

@@ -222,6 +222,21 @@ async def test_a_server_of_another_protocol() -> None:
         await connection.ready
 
 
+async def test_headers_do_not_pile_up_on_a_stream() -> None:
+    connection, transport, (sink, other) = opened(2)
+    encoder = hpack.Encoder()
+    connection.data_received(frame(1, 0x4, 1, encoder.encode([(":status", "103"), ("link", "x")])))
+    connection.data_received(frame(1, 0x4, 1, encoder.encode([(":status", "200")])))
+    connection.data_received(frame(1, 0x4, 1, encoder.encode([("more", "y")])))
+    connection.data_received(frame(1, 0x4, 3, encoder.encode([("no-status", "y")])))
+    assert sink.statuses == ["200"] and other.statuses == []
+    for heard in (sink, other):
+        ((_, error),) = heard.ends
+        assert error is not None and error.code == ErrorCode.PROTOCOL_ERROR
+    assert frames(transport.sent) == [(3, 0, each, b"\0\0\0\x01") for each in (1, 3)]
+    assert connection.is_open and connection.num_streams == 0
+
+
 async def test_long_headers_are_cut() -> None:
     connection, transport, _ = opened()
     connection.open_stream([(":method", "POST"), ("x", "~" * 40_000)], HeardStream())

@@ -190,10 +190,14 @@ class Http2Connection(asyncio.Protocol):
         headers, ends_stream = block
         if headers.get(":status", "").startswith("1") and not ends_stream:
             return
+        if not ends_stream and (stream.headers or ":status" not in headers):
+            # An answer has one head: otherwise headers without end could be piled up on a stream.
+            self._give_up(stream_id, ErrorCode.PROTOCOL_ERROR, "the server sent headers out of place", now)
+            return
         stream.headers.update(headers)
         if ends_stream:
             self._end(stream_id, now)
-        elif ":status" in headers:
+        else:
             stream.sink.on_headers(headers)
 
     def _take_settings(self, flags: int, stream_id: int, body: bytes) -> None:
