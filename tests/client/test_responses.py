@@ -114,6 +114,21 @@ def test_a_sequence_that_ended_keeps_its_reason():
     assert GenerateResult.from_chunks([chunk("a", "stop"), chunk("")]).finish_reason == "stop"
 
 
+def test_prompt_logprobs_and_stop_reasons():
+    scored = json.dumps([None, {"7": {"logprob": -0.5, "rank": 2, "decoded_token": "a"}}])
+    chunks = [
+        chunk("a", prompt_logprobs=[scored], stop_reason=["null"]),
+        chunk("b", "stop", prompt_logprobs=["null"], stop_reason=['"END"']),
+        chunk("", "stop", prompt_logprobs=["null"], stop_reason=["null"]),
+    ]
+    assert [c.stop_reason for c in chunks] == [None, "END", None]
+    assert chunks[1].prompt_logprobs is None
+    result = GenerateResult.from_chunks(chunks)
+    assert result.prompt_logprobs == (None, {7: Logprob(-0.5, 2, "a")})
+    assert result.stop_reason == "END"
+    assert chunk("", "stop", stop_reason=["17"]).stop_reason == 17
+
+
 def test_no_chunks_are_no_result():
     with pytest.raises(ValueError, match="no chunks"):
         GenerateResult.from_chunks([])
