@@ -19,6 +19,7 @@ _CONNECT_TIMEOUT_S = 20.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 1.0
 """Short, so that a restarted server is found again at once."""
 _MAX_CONNECTIONS = 16
+"""Without those that only end their streams."""
 _CLOSE_TIMEOUT_S = 2.0
 _TCP_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 """Seconds, seconds, probes: the kernel finds out about a host that is gone in two minutes."""
@@ -51,7 +52,7 @@ class GrpcConnections:
         """
         if self._closed:
             raise RequestCancelledError("the client was closed", url=self._endpoint.url)
-        if len(self._connections) >= _MAX_CONNECTIONS:
+        if sum(each.is_open for each in self._connections) >= _MAX_CONNECTIONS:
             await self._wait_for_a_stream()
             return
         if self._connecting is None:

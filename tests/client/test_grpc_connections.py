@@ -332,6 +332,28 @@ async def test_a_call_on_a_leaving_connection_takes_no_more_requests(answers: An
         assert (await old).text == "old"
 
 
+@pytest.mark.usefixtures("one_connection")
+async def test_a_leaving_connection_keeps_no_new_one_from_being_made(answers: Any) -> None:
+    held: list[Callable[[], None]] = []
+
+    def on_request(server: FrameServer, peer: Peer, stream_id: int, request: Any) -> None:
+        if len(server.peers) == 1:
+            held.append(lambda: peer.answer(stream_id, [answers.content(request, "old", final=True)]))
+        else:
+            peer.answer(stream_id, [answers.content(request, "new", final=True)])
+
+    server = FrameServer(on_request, settings(max_streams=1))
+    async with listening(server) as url, AsyncCharoniaClient(url, retries=0, requests_per_stream=1) as client:
+        connections = client._transport._connections  # type: ignore[attr-defined]
+        tasks = [asyncio.create_task(client.generate("p", timeout=20)) for _ in range(4)]
+        await until(lambda: len(held) == 1 and len(connections._waiting) == 3)
+        server.peer.send(go_away(last_id=1))
+        assert [(await each).text for each in tasks[1:]] == ["new"] * 3
+        held[0]()
+        assert (await tasks[0]).text == "old"
+        assert len(server.peers) == 2
+
+
 async def connected(client: AsyncCharoniaClient) -> list[Any]:
     connections: list[Any] = client._transport._connections._connections  # type: ignore[attr-defined]
     await until(lambda: bool(connections))
