@@ -246,3 +246,26 @@ def test_a_dead_gateway_comes_back(served: Served, url: str) -> None:
     assert served.gateway_pid != first
     assert f"OpenAI API {url}/v1" in served.everything()
     assert Path(f"/proc/{served.server_pid}").exists()
+
+
+def test_a_dead_engine_is_told_within_the_stream_and_before_it(served: Served, url: str) -> None:
+    body = {"messages": ASK, "max_tokens": 4000, "ignore_eos": True}
+    completions = f"{url}/v1/chat/completions"
+    with httpx.stream("POST", completions, json={**body, "stream": True}, timeout=60) as answer:
+        assert answer.status_code == 200
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        os.kill(served.engine_pid, signal.SIGKILL)
+        last = [line for line in lines if line != "data: [DONE]"][-1]
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["code"] == 503 and "engine was lost" in error["message"]
+
+    refused = httpx.post(completions, json=body, timeout=60)
+    assert refused.status_code == 503, refused.text
+    assert int(refused.headers["retry-after"]) >= 1
+    assert "not ready" in refused.json()["error"]["message"]
+
+    def is_served() -> bool:
+        return httpx.post(completions, json={**body, "max_tokens": 1}, timeout=60).status_code == 200
+
+    assert eventually(is_served, 60)
