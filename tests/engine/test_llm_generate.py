@@ -260,15 +260,19 @@ def test_settings_are_checked(tiny_dir: Path, tmp_path: Path) -> None:
 # ---- failures and interrupts ----
 
 
+STUCK: dict[str, Any] = {"allowed_token_ids": [39], "bad_words": ["77"], "max_tokens": 4}
+"""A seven is all that may come, and never two of them."""
+
+
 def test_a_failed_request_ends_the_call_and_nothing_else(llm: LLM) -> None:
-    impossible = SamplingParams(allowed_token_ids=[9], stop_token_ids=[9], min_tokens=2, max_tokens=4)
+    impossible = SamplingParams(**STUCK)
     with pytest.raises(CharoniaError, match="no token can be sampled"):
         generate(llm, ["a", "b", "c"], [GREEDY, impossible, GREEDY])
     assert len(tokens(generate(llm, ["a", "b"]))) == 2
 
 
 def test_a_failed_request_with_siblings(llm: LLM) -> None:
-    impossible = SamplingParams(n=3, allowed_token_ids=[9], stop_token_ids=[9], min_tokens=2, max_tokens=4)
+    impossible = SamplingParams(n=3, **STUCK)
     with pytest.raises(CharoniaError, match="no token can be sampled"):
         generate(llm, ["a"], impossible)
 

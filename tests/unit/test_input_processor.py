@@ -1,6 +1,7 @@
 """What a frontend makes of a request before the engine gets it."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -43,3 +44,23 @@ def test_log_probabilities_of_a_prompt_are_bounded(inputs: InputProcessor) -> No
     ):
         inputs.expand(request([], prompt_logprobs=alternatives), [1] * (most + 1))
     inputs.expand(request([]), [1] * (most + 1))
+
+
+@pytest.mark.parametrize(
+    ("params", "is_left"),
+    [
+        ({"allowed_token_ids": [5]}, True),
+        ({"allowed_token_ids": [5], "stop_token_ids": [5]}, True),
+        ({"allowed_token_ids": [5, 6], "stop_token_ids": [5], "min_tokens": 1}, True),
+        ({"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1}, False),
+    ],
+)
+def test_some_token_must_be_left_to_draw(
+    inputs: InputProcessor, params: dict[str, Any], is_left: bool
+) -> None:
+    asked = GenerationRequest(prompt=[1], params=SamplingParams(**params))
+    if is_left:
+        inputs.expand(asked, [1])
+        return
+    with pytest.raises(InvalidRequestError, match="'allowed_token_ids' leaves no token"):
+        inputs.expand(asked, [1])

@@ -138,8 +138,7 @@ class Scheduler:
         """Plan the next step; None when no request can advance before a result has come."""
         if self._deadlines:
             self._expire()
-        if self._constraints.num_compiling:
-            self._constraints.take_compiled(self._planner.queue, self._note_uncompiled)
+        self._constraints.take_compiled(self._planner.queue, self._note_uncompiled)
         launched = self._planner.plan(constrained=self._constraints.any_live)
         if launched is None:
             return None

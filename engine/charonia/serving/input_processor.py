@@ -118,6 +118,7 @@ class InputProcessor:
         bad_words = self.tokenizer.bad_words_ids(params.bad_words) if params.bad_words else []
         # A tokenizer may know tokens that the model has no logits for: those never come.
         bad_words = [word for word in bad_words if max(word) < self._vocab_size]
+        _check_leaves_a_token(params, stop_ids, bad_words)
         now = time.monotonic()
         timeout = request.timeout_s if request.timeout_s is not None else self._default_deadline_s
         # Random.getrandbits is one C call: safe from several threads.
@@ -204,6 +205,24 @@ class InputProcessor:
                 raise InvalidRequestError(
                     f"{name}: {token} is not in the vocabulary (0 to {self._vocab_size - 1})"
                 )
+
+
+def _check_leaves_a_token(
+    params: SamplingParams, stop_ids: Sequence[int], bad_words: Sequence[Sequence[int]]
+) -> None:
+    """Raise `InvalidRequestError` where no token could be the first: the engine would take that for a fault of its
+    logits.
+    """
+    if params.allowed_token_ids is None:
+        return
+    left = set(params.allowed_token_ids).difference(word[0] for word in bad_words if len(word) == 1)
+    if params.min_tokens and params.structured_outputs is None:
+        left.difference_update(stop_ids)
+    if not left:
+        raise InvalidRequestError(
+            "sampling parameter 'allowed_token_ids' leaves no token: all are excluded by 'bad_words', or are stop "
+            "tokens, which 'min_tokens' excludes"
+        )
 
 
 def _wrap_int64(value: int) -> int:
