@@ -405,7 +405,8 @@ def test_a_flood_is_refused(tmp_path: Path) -> None:
     assert error_of(senders[-1])[0] == "UNAVAILABLE"
     engine.hold.set()
     ends = [done(sender).responses[-1].error for sender in senders]
-    assert sum(error is None for error in ends) in (4, 5)
+    # Three wait, and each of the two threads may have taken one off them meanwhile.
+    assert sum(error is None for error in ends) in (3, 4, 5)
     bench.backend.shutdown()
 
 
