@@ -148,6 +148,16 @@ def one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- a server that limits the streams of a connection ----
 
 
+def holding(answers: Any) -> tuple[list[Callable[[], None]], OnRequest]:
+    """What a server has to answer yet, the oldest first, and the handler that notes it instead of answering."""
+    held: list[Callable[[], None]] = []
+
+    def on_request(server: FrameServer, peer: Peer, stream_id: int, request: Any) -> None:
+        held.append(lambda: peer.answer(stream_id, [answers.content(request, "x", final=True)]))
+
+    return held, on_request
+
+
 @pytest.mark.usefixtures("one_connection")
 async def test_requests_wait_for_a_free_stream(answers: Any) -> None:
     order = []
@@ -167,11 +177,7 @@ async def test_requests_wait_for_a_free_stream(answers: Any) -> None:
 
 
 async def test_a_full_connection_is_joined_by_another(answers: Any) -> None:
-    held: list[Callable[[], None]] = []
-
-    def on_request(server: FrameServer, peer: Peer, stream_id: int, request: Any) -> None:
-        held.append(lambda: peer.answer(stream_id, [answers.content(request, "x", final=True)]))
-
+    held, on_request = holding(answers)
     server = FrameServer(on_request, settings(max_streams=2))
     async with listening(server) as url, AsyncCharoniaClient(url, retries=0, requests_per_stream=1) as client:
         tasks = [asyncio.create_task(client.generate("p")) for _ in range(5)]
@@ -184,11 +190,7 @@ async def test_a_full_connection_is_joined_by_another(answers: Any) -> None:
 
 @pytest.mark.usefixtures("one_connection")
 async def test_who_gives_up_waiting_keeps_no_place(answers: Any) -> None:
-    held: list[Callable[[], None]] = []
-
-    def on_request(server: FrameServer, peer: Peer, stream_id: int, request: Any) -> None:
-        held.append(lambda: peer.answer(stream_id, [answers.content(request, "x", final=True)]))
-
+    held, on_request = holding(answers)
     server = FrameServer(on_request, settings(max_streams=1))
     async with listening(server) as url, AsyncCharoniaClient(url, retries=0, requests_per_stream=1) as client:
         connections = client._transport._connections  # type: ignore[attr-defined]
@@ -214,11 +216,7 @@ async def test_who_gives_up_waiting_keeps_no_place(answers: Any) -> None:
 
 @pytest.mark.usefixtures("one_connection")
 async def test_all_who_wait_go_on_when_the_server_allows_more(answers: Any) -> None:
-    held: list[Callable[[], None]] = []
-
-    def on_request(server: FrameServer, peer: Peer, stream_id: int, request: Any) -> None:
-        held.append(lambda: peer.answer(stream_id, [answers.content(request, "x", final=True)]))
-
+    held, on_request = holding(answers)
     server = FrameServer(on_request, settings(max_streams=1))
     async with listening(server) as url, AsyncCharoniaClient(url, retries=0, requests_per_stream=1) as client:
         connections = client._transport._connections  # type: ignore[attr-defined]
