@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from charonia_kernels.draw_outcome import DrawOutcome
 from charonia_kernels.gpu import logit_rules, penalties, sampling
 from charonia_kernels.gpu._launch import INTERPRETED, traits
 from charonia_kernels.gpu.logprobs import logprobs, logprobs_config
@@ -78,7 +79,8 @@ def check_sampling(vocab: int, dtype: torch.dtype) -> None:
     rows, seq_lens = ints([0, 1, 2, 1, 1, 1]), ints([5, 6, 70000, 9, 1, 1])
     params = table({}, {"temperature": 0.7, "seed": 11}, {"temperature": 1.5, "seed": -5})
     result = sample(logits, rows, seq_lens, params)
-    assert result.ok.tolist() == [1, 1, 1, 1, 0, 0], result.ok
+    unusable = [DrawOutcome.NOT_FINITE, DrawOutcome.EXCLUDED]
+    assert result.outcomes.tolist() == 4 * [DrawOutcome.DRAWN] + unusable, result.outcomes
     ids = torch.arange(vocab, device=DEVICE)
     greedy = int(torch.where(logits[0] == logits[0].amax(), ids, vocab).amin())
     assert int(result.tokens[0]) == greedy, (int(result.tokens[0]), greedy)
@@ -89,7 +91,7 @@ def check_sampling(vocab: int, dtype: torch.dtype) -> None:
     for config in (sampling.SampleConfig(1, tiles, 4, False), sampling.SampleConfig(tiles, 1, 2, False)):
         again = sample(logits, rows, seq_lens, params, config=config)
         assert torch.equal(again.tokens[:4], result.tokens[:4]), config
-        assert torch.equal(again.ok, result.ok), config
+        assert torch.equal(again.outcomes, result.outcomes), config
 
 
 def check_distribution() -> None:

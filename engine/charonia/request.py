@@ -152,6 +152,14 @@ class Request:
         return self.data.pooling is not None
 
     @property
+    def excludes_tokens(self) -> bool:
+        """Whether anything that it asks for keeps tokens from being drawn."""
+        data, sampling = self.data, self.data.sampling
+        ends_late = sampling.min_tokens > 0 and bool(data.stop_token_ids)
+        listed = sampling.allowed_token_ids is not None or bool(data.bad_words)
+        return listed or ends_late or self.matcher is not None
+
+    @property
     def num_tokens_ahead(self) -> int:
         """Known tokens, and the next one if there will be one."""
         return len(self.token_ids) + (not self.pools)

@@ -271,6 +271,15 @@ def test_a_failed_request_ends_the_call_and_nothing_else(llm: LLM) -> None:
     assert len(tokens(generate(llm, ["a", "b"]))) == 2
 
 
+def test_a_request_left_without_a_token_keeps_its_prefix_for_others(llm: LLM) -> None:
+    prompt = list(range(40, 140))
+    with pytest.raises(InvalidRequestError, match=r"'bad_words'.*leaves none"):
+        generate(llm, [prompt], SamplingParams(**STUCK))
+    hits = llm.stats().prefix_cache_hits
+    generate(llm, [prompt])
+    assert llm.stats().prefix_cache_hits - hits == 96
+
+
 def test_a_failed_request_with_siblings(llm: LLM) -> None:
     impossible = SamplingParams(n=3, **STUCK)
     with pytest.raises(CharoniaError, match="no token can be sampled"):

@@ -106,6 +106,13 @@ def test_ends(llm: LLM) -> None:
     assert going.finish_reason == ended.finish_reason == "stop"
 
 
+def test_a_grammar_whose_next_tokens_are_all_excluded(llm: LLM) -> None:
+    seven = llm.get_tokenizer().encode("7", add_special_tokens=False)
+    with pytest.raises(InvalidRequestError, match=r"'structured_outputs'.*leaves none"):
+        run(llm, params(None), params({"regex": "77a"}, allowed_token_ids=seven))
+    assert texts(run(llm, params({"regex": "77"}, allowed_token_ids=seven))) == ["77"]
+
+
 def test_rows_without_a_grammar_are_not_touched(llm: LLM) -> None:
     plain = [params(None, seed=seed, ignore_eos=True, max_tokens=12) for seed in range(5)]
     alone = run(llm, *plain)

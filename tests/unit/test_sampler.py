@@ -22,6 +22,7 @@ from charonia.worker.sampler import (
     sample,
     uniform,
 )
+from charonia_kernels.draw_outcome import DrawOutcome
 
 Array = npt.NDArray[np.float64]
 MAX_LEN = 12_000
@@ -70,7 +71,7 @@ def draws(logits: torch.Tensor, params: SamplingParams, count: int = 10_000, see
     for start in range(1, count, 5000):
         sampled = [SampledRow(0, position) for position in range(start, min(start + 5000, count + 1))]
         output = sample(logits.repeat(len(sampled), 1), batch.rows, sampled)
-        assert bool(output.usable.all())
+        assert not output.outcomes.any()
         found += output.tokens.tolist()
     return found
 
@@ -467,9 +468,9 @@ def test_broken_rows_disturb_no_other(vocab: int) -> None:
                 batch.add(SamplingParams(**kind), seed=i).add(SamplingParams(**kind), seed=100 + i)
             output = batch.sample(values)
             assert all(0 <= token < vocab for token in output.tokens.tolist())
-            assert output.usable[1::2].all()
+            assert not output.outcomes[1::2].any()
             tokens.append(output.tokens[1::2].tolist())
-        assert output.usable[::2].tolist() == [False] * len(kinds)
+        assert output.outcomes[::2].tolist() == [DrawOutcome.NOT_FINITE] * len(kinds)
         assert tokens[0] == tokens[1]
 
 
@@ -481,7 +482,7 @@ def test_every_token_excluded(kind: dict[str, Any]) -> None:
     params = SamplingParams(allowed_token_ids=[4], min_tokens=2, **kind)
     batch = Batch(300).add(params, stop=[4]).add(SamplingParams(temperature=0.0))
     output = batch.sample(logits)
-    assert output.usable.tolist() == [False, True]
+    assert output.outcomes.tolist() == [DrawOutcome.EXCLUDED, DrawOutcome.DRAWN]
     assert 0 <= output.tokens[0] < 300 and output.tokens[1] == logits[1].argmax()
 
 

@@ -1,6 +1,7 @@
 """The scheduler, driven through random schedules with fabricated results by a device model that checks every plan."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from charonia.config import SchedulerConfig
@@ -8,7 +9,7 @@ from charonia.core.block_pool import NULL_BLOCK
 from charonia.core.engine_core import EngineCore
 from charonia.core.scheduler import Scheduler
 from charonia.core.step import NewRow, StepPlan, StepResult
-from charonia.errors import InvalidRequestError, QueueFullError
+from charonia.errors import ErrorCode, InvalidRequestError, QueueFullError
 from charonia.outputs import FinishReason, TokenLogprobs
 from charonia.request import EngineRequest, TokenDelta
 from charonia.sampling_params import SamplingParams
@@ -55,6 +56,7 @@ class FakeDevice:
     rows: dict[int, Row] = field(default_factory=dict)
     slots: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     fail_steps: set[int] = field(default_factory=set)
+    exclude_steps: set[int] = field(default_factory=set)
     plans: list[StepPlan] = field(default_factory=list)
 
     def launch(self, plan: StepPlan) -> FakePending:
@@ -73,7 +75,7 @@ class FakeDevice:
         assert not any(chunk.num_tokens == 1 and chunk.samples for chunk in plan.chunks)
         self._check_common_prefix(plan)
         self._write(plan)
-        sampled, failed = [], []
+        sampled, failed, excluded = [], [], []
         for item in plan.scheduled:
             row = self.rows[item.row]
             self._check_readable(row, row.computed + item.num_tokens)
@@ -85,7 +87,11 @@ class FakeDevice:
                 sampled.append(token)
             if plan.step_id in self.fail_steps:
                 failed.append(item.row)
-        return FakePending(StepResult(plan.step_id, sampled, failed_rows=failed[:1]))
+            if plan.step_id in self.exclude_steps and item.samples:
+                excluded.append(item.row)
+        return FakePending(
+            StepResult(plan.step_id, sampled, failed_rows=failed[:1], excluded_rows=excluded[:1])
+        )
 
     def _enter(self, new: NewRow) -> None:
         assert new.row not in self.rows, "a row has one owner"
@@ -263,6 +269,33 @@ def test_failed_rows_end_alone(
     for request_id, data in harness.requests.items():
         if harness.ends[request_id].finish_reason is not FinishReason.ERROR:
             assert harness.outputs[request_id] == harness.expected(data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "cached"),
+    [
+        ({"bad_words": [[3]]}, ErrorCode.INVALID_ARG, 12),
+        ({"sampling": SamplingParams(allowed_token_ids=[3])}, ErrorCode.INVALID_ARG, 12),
+        ({"sampling": SamplingParams(min_tokens=9, max_tokens=None)}, ErrorCode.INVALID_ARG, 12),
+        # Nothing is excluded: the logits themselves are at fault.
+        ({}, ErrorCode.INTERNAL, 0),
+        ({"sampling": SamplingParams(min_tokens=9, max_tokens=None), "stop_token_ids": []}, ErrorCode.INTERNAL, 0),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_left_no_token(fields: dict[str, Any], code: ErrorCode, cached: int) -> None:
+    harness = Harness(config())
+    harness.device.exclude_steps = {2}
+    prompt = list(range(10, 23))
+    harness.add(request(0, prompt, max_tokens=20, **{"stop_token_ids": [EOS], **fields}))
+    harness.drain()
+    end = harness.ends[0]
+    assert end.finish_reason is FinishReason.ERROR and end.error_code == code
+    assert end.error is not None and ("'bad_words'" in end.error) is (code is ErrorCode.INVALID_ARG)
+    assert len(harness.outputs[0]) == 2
+    assert harness.core.stats().prefix_cache_hits == 0
+    harness.add(request(1, prompt, max_tokens=2))
+    harness.drain()
+    assert harness.core.stats().prefix_cache_hits == cached
 
 
 def test_lookahead_launches_before_reading() -> None:

@@ -11,7 +11,11 @@ from charonia.errors import ErrorCode
 from charonia.outputs import FinishReason, TokenLogprobs
 from charonia.request import Request, RequestStatus, TokenDelta
 
-_NO_TOKEN = "no token can be sampled: the logits are not finite, or every token is excluded"
+_NO_TOKEN = "no token can be sampled: the logits are not finite"
+_NONE_LEFT = (
+    "no token can be sampled: what the sampling parameters exclude ('bad_words', 'allowed_token_ids', 'min_tokens', "
+    "'structured_outputs') leaves none"
+)
 _NOT_FINITE = "there is no embedding: the hidden states are not finite"
 
 
@@ -52,7 +56,7 @@ class ResultReader:
         """Take a step's result; requests that have ended since its launch are passed over."""
         plan = launched.plan
         assert len(result.token_ids) == plan.num_sampled, "one token for each row that samples"
-        if result.logprobs or result.prompt_logprobs or result.failed_rows:
+        if result.logprobs or result.prompt_logprobs or result.failed_rows or result.excluded_rows:
             for i, request in enumerate(launched.decodes):
                 self._read_row(request, plan.decode_rows[i], request.num_tokens, result.token_ids[i], result)
         else:
@@ -84,7 +88,11 @@ class ResultReader:
         """Any row. start: position of its first token in the step."""
         if request.status is RequestStatus.FINISHED:
             return
-        if row in result.failed_rows:
+        if row in result.excluded_rows and request.excludes_tokens:
+            self.end_with_error(request, FinishReason.ERROR, _NONE_LEFT, ErrorCode.INVALID_ARG)
+            return
+        if row in result.failed_rows or row in result.excluded_rows:
+            # Where nothing was to be excluded, it was the logits.
             self._kv.unpublish(request)
             message = _NOT_FINITE if request.pools else _NO_TOKEN
             self.end_with_error(request, FinishReason.ERROR, message, ErrorCode.INTERNAL)

@@ -96,9 +96,10 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
     token_ids: one sampled token for each scheduled row that samples, in the plan's order. logprobs: by row, of the
     sampled token, for rows that ask. prompt_logprobs: by row, of the prompt tokens that follow the positions computed
-    in this step. failed_rows: rows whose logits were not finite; their sampled token is meaningless. device_seconds:
-    what the step took on the device, where that is measured. embeddings: little-endian fp32 values by row, of pooling
-    rows whose prompt has been computed to its end.
+    in this step. failed_rows: rows whose logits were not finite. excluded_rows: rows of which every token was
+    excluded. The sampled token of either is meaningless. device_seconds: what the step took on the device, where that
+    is measured. embeddings: little-endian fp32 values by row, of pooling rows whose prompt has been computed to its
+    end.
     """
 
     step_id: int
@@ -108,3 +109,4 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     failed_rows: list[int] = []
     device_seconds: float | None = None
     embeddings: dict[int, bytes] = {}
+    excluded_rows: list[int] = []

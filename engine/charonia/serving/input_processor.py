@@ -210,9 +210,7 @@ class InputProcessor:
 def _check_leaves_a_token(
     params: SamplingParams, stop_ids: Sequence[int], bad_words: Sequence[Sequence[int]]
 ) -> None:
-    """Raise `InvalidRequestError` where no token could be the first: the engine would take that for a fault of its
-    logits.
-    """
+    """Raise `InvalidRequestError` where no token could be the first; the engine would find out later."""
     if params.allowed_token_ids is None:
         return
     left = set(params.allowed_token_ids).difference(word[0] for word in bad_words if len(word) == 1)

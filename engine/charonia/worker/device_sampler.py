@@ -66,9 +66,9 @@ class DeviceSampler:
         thresholds = None
         if mode is not SamplingMode.PLAIN:
             thresholds = gpu.filter_thresholds(logits, batch.rows, params, out=self._thresholds)[:count]
-        out = gpu.SampledTokens(self._outbox.tokens[:count], self._outbox.ok[:count])
+        out = gpu.SampledTokens(self._outbox.tokens[:count], self._outbox.outcomes[:count])
         gpu.sample(logits, batch.rows, batch.seq_lens, params, thresholds, out=out, scratch=self._scratch)
-        return Draw(out.tokens, out.ok)
+        return Draw(out.tokens, out.outcomes)
 
     def draw_full(
         self, logits: torch.Tensor, batch: InputBatch, layout: StepLayout, masks: TokenMasks | None
@@ -90,7 +90,7 @@ class DeviceSampler:
         if not self._penalised.isdisjoint(layout.rows.tolist()):
             gpu.apply_penalties(changed, *state, self._counts)
         draw = self.draw(changed, batch, SamplingMode.FULL)
-        return Draw(draw.tokens, draw.ok, self._logprobs(logits, draw.tokens, layout))
+        return Draw(draw.tokens, draw.outcomes, self._logprobs(logits, draw.tokens, layout))
 
     def dry_run(self, logits: torch.Tensor, batch: InputBatch) -> None:
         """Launch every kernel that `draw_full` may launch, on rows that ask for nothing."""

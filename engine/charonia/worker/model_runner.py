@@ -189,7 +189,7 @@ class ModelRunner:
         if self._outbox is not None:
             return self._outbox.send(layout.num_entries)
         assert draw is not None
-        return HostTokens(draw.tokens, draw.ok)
+        return HostTokens(draw.tokens, draw.outcomes)
 
     # ---- a step's device work ----
 

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from charonia_kernels.draw_outcome import DrawOutcome
 
 from charonia.core.step import StepResult
 from charonia.worker.batch import StepLayout
@@ -20,7 +21,7 @@ class PendingTokens(Protocol):
     """Tokens on their way to the host."""
 
     def wait(self) -> tuple[list[int], list[int]]:
-        """The step's tokens and `ok` flags, by entry; blocks until they are there."""
+        """The step's tokens and their `DrawOutcome`s, by entry; blocks until they are there."""
 
     def device_seconds(self) -> float | None:
         """How long the device worked on the step, once `wait` has returned; None if nobody measured."""
@@ -31,11 +32,11 @@ class HostTokens:
     """Tokens of a CPU step, which has run by the time that it is launched."""
 
     tokens: torch.Tensor
-    ok: torch.Tensor
+    outcomes: torch.Tensor
 
     def wait(self) -> tuple[list[int], list[int]]:
         """As `PendingTokens`."""
-        return self.tokens.tolist(), self.ok.tolist()
+        return self.tokens.tolist(), self.outcomes.tolist()
 
     def device_seconds(self) -> float | None:
         """As `PendingTokens`: not measured."""
@@ -54,8 +55,8 @@ class CopiedTokens:
     def wait(self) -> tuple[list[int], list[int]]:
         """As `PendingTokens`."""
         self.copied.synchronize()
-        tokens, ok = self.pinned[:, : self.num_entries].tolist()
-        return tokens, ok
+        tokens, outcomes = self.pinned[:, : self.num_entries].tolist()
+        return tokens, outcomes
 
     def device_seconds(self) -> float | None:
         """As `PendingTokens`."""
@@ -66,12 +67,12 @@ class CopiedTokens:
 class TokenOutbox:
     """Device memory that steps write their tokens to, and pinned memory that they are copied into.
 
-    tokens, ok: [max_num_seqs] int32 on the device, at fixed addresses.
+    tokens, outcomes: [max_num_seqs] int32 on the device, at fixed addresses.
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self._device_side = torch.zeros((2, max_num_seqs), dtype=torch.int32, device=device)
-        self.tokens, self.ok = self._device_side
+        self.tokens, self.outcomes = self._device_side
         shape = (2, max_num_seqs)
         self._pinned = [torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(_NUM_BUFFERS)]
         self._begun = [torch.Event("cuda", enable_timing=True) for _ in range(_NUM_BUFFERS)]
@@ -103,15 +104,18 @@ class DeviceStep:
 
     def wait(self) -> StepResult:
         """What the step brought."""
-        tokens, ok = self.tokens.wait()
+        tokens, outcomes = self.tokens.wait()
         layout = self.layout
         if not layout.decodes_only:
             sampling = np.flatnonzero(layout.samples).tolist()
-            tokens, ok = [tokens[i] for i in sampling], [ok[i] for i in sampling]
+            tokens, outcomes = [tokens[i] for i in sampling], [outcomes[i] for i in sampling]
         failed: list[int] = []
-        if not all(ok):
+        excluded: list[int] = []
+        if any(outcomes):
             rows = layout.rows[layout.samples != 0].tolist()
-            failed = [row for row, fine in zip(rows, ok, strict=True) if not fine]
+            for row, outcome in zip(rows, outcomes, strict=True):
+                if outcome != DrawOutcome.DRAWN:
+                    (excluded if outcome == DrawOutcome.EXCLUDED else failed).append(row)
         embeddings: dict[int, bytes] = {}
         if self.embeddings is not None:
             embeddings, not_finite = self.embeddings.collect()
@@ -124,4 +128,5 @@ class DeviceStep:
             failed,
             self.tokens.device_seconds(),
             embeddings,
+            excluded,
         )

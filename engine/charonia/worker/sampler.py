@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from charonia_kernels import Logprobs
+from charonia_kernels.draw_outcome import DrawOutcome
 
 from charonia.outputs import TokenLogprobs
 from charonia.worker.batch import SampledRow
@@ -31,12 +32,12 @@ SEARCH_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """tokens: [S] int64. usable: [S] bool, false where the logits were not finite or every token was excluded; the
-    token is then meaningless. logprobs: by index into S.
+    """tokens: [S] int64. outcomes: [S] int32, of `DrawOutcome`; but for `DRAWN` the token is meaningless.
+    logprobs: by index into S.
     """
 
     tokens: torch.Tensor
-    usable: torch.Tensor
+    outcomes: torch.Tensor
     logprobs: dict[int, TokenLogprobs]
 
 
@@ -53,18 +54,19 @@ def sample(
     """
     logits = logits.float()
     states = [rows[item.row] for item in sampled]
-    usable = torch.isfinite(logits.sum(dim=-1))
+    finite = torch.isfinite(logits.sum(dim=-1))
+    outcomes = torch.where(finite, DrawOutcome.DRAWN, DrawOutcome.NOT_FINITE).int()
     reported = [i for i, state in enumerate(states) if state.sampling.logprobs is not None]
     logprobs = torch.log_softmax(logits[reported], dim=-1) if reported else None
     if apply_constraints(logits, rows, sampled, states, allowed):
-        usable &= logits.amax(dim=-1) > NEG_INF
+        outcomes[finite & (logits.amax(dim=-1) == NEG_INF)] = DrawOutcome.EXCLUDED
     apply_penalties(logits, rows, sampled, states)
     tokens = _choose(logits, sampled, states)
     entries: list[TokenLogprobs] = []
     if logprobs is not None:
         counts = [states[i].sampling.logprobs or 0 for i in reported]
         entries = gather_logprobs(logprobs, tokens[reported], counts)
-    return SamplerOutput(tokens, usable, dict(zip(reported, entries, strict=True)))
+    return SamplerOutput(tokens, outcomes, dict(zip(reported, entries, strict=True)))
 
 
 def gather_logprobs(logprobs: torch.Tensor, tokens: torch.Tensor, counts: list[int]) -> list[TokenLogprobs]:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from charonia_kernels.draw_outcome import DrawOutcome
 
 from charonia.core.step import StepPlan, TokenMasks
 from charonia.outputs import TokenLogprobs
@@ -24,12 +25,12 @@ class LogprobsResult(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """tokens, ok: [B] integers. `ok` is 0 where the logits are not finite or every token is excluded; the token is then
-    meaningless, as it is for entries that do not sample. logprobs: of the rows that ask.
+    """tokens, outcomes: [B] integers. A token is meaningless where its outcome (of `DrawOutcome`) is not `DRAWN`; both
+    are so for entries that do not sample. logprobs: of the rows that ask.
     """
 
     tokens: torch.Tensor
-    ok: torch.Tensor
+    outcomes: torch.Tensor
     logprobs: LogprobsResult | None = None
 
 
@@ -87,7 +88,7 @@ class HostSampler:
     ) -> Draw:
         """As `Sampler`."""
         nothing = self.nothing(layout.num_entries)
-        tokens, ok = nothing.tokens, nothing.ok
+        tokens, outcomes = nothing.tokens, nothing.outcomes
         sampled = layout.sampled()
         if not sampled:
             return nothing
@@ -95,14 +96,15 @@ class HostSampler:
         allowed = {} if masks is None else allowed_tokens(masks, logits.shape[-1])
         output = sample(logits[entries], self._rows, sampled, allowed)
         tokens[entries] = output.tokens
-        ok[entries] = output.usable
+        outcomes[entries] = output.outcomes
         by_row = {sampled[i].row: entry for i, entry in output.logprobs.items()}
-        return Draw(tokens, ok, KnownLogprobs(by_row))
+        return Draw(tokens, outcomes, KnownLogprobs(by_row))
 
     @staticmethod
     def nothing(num_entries: int) -> Draw:
         """The draw of a step in which no entry samples."""
-        return Draw(torch.zeros(num_entries, dtype=torch.int64), torch.ones(num_entries, dtype=torch.bool))
+        outcomes = torch.full((num_entries,), DrawOutcome.DRAWN, dtype=torch.int32)
+        return Draw(torch.zeros(num_entries, dtype=torch.int64), outcomes)
 
     def dry_run(self, logits: torch.Tensor, batch: InputBatch) -> None:
         """There is nothing to compile."""

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
 from charonia_kernels import sampling_params as layout
+from charonia_kernels.draw_outcome import DrawOutcome
 from charonia_kernels.gpu._launch import INTERPRETED, DeviceTraits, gdc_launch_dependents, gdc_wait, traits
 
 TEMPERATURE = tl.constexpr(layout.TEMPERATURE)
@@ -22,6 +23,9 @@ INVERSE_TEMPERATURE = tl.constexpr(layout.INVERSE_TEMPERATURE)
 SEED_LO = tl.constexpr(layout.SEED_LO)
 SEED_HI = tl.constexpr(layout.SEED_HI)
 NUM_PARAMS = tl.constexpr(layout.NUM_PARAMS)
+DRAWN = tl.constexpr(int(DrawOutcome.DRAWN))
+NOT_FINITE = tl.constexpr(int(DrawOutcome.NOT_FINITE))
+EXCLUDED = tl.constexpr(int(DrawOutcome.EXCLUDED))
 
 GROUP = tl.constexpr(512)
 """Counters of a tile. One Philox block serves the four tokens that lie this far apart; part of what a seed means."""
@@ -36,13 +40,10 @@ INTERPRETER = tl.constexpr(INTERPRETED)
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """tokens: ``[B]`` int32. ok: ``[B]`` int32, 0 where a logit was NaN or +inf, or all were -inf.
-
-    Where it is 0, the token is any.
-    """
+    """tokens: ``[B]`` int32. outcomes: ``[B]`` int32, of :class:`DrawOutcome`; but for `DRAWN`, the token is any."""
 
     tokens: torch.Tensor
-    ok: torch.Tensor
+    outcomes: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ def _best_of(row_logits, first, end, vocab, inverse, position, key_lo, key_hi, c
     return best, token, bad
 
 
-SCALARS = ("rows", "seq_lens", "row_params", "thresholds", "best", "arrived", "tokens", "ok")
+SCALARS = ("rows", "seq_lens", "row_params", "thresholds", "best", "arrived", "tokens", "outcomes")
 """Read and written one word at a time: views with any offset may come, and one compilation has to serve them all."""
 
 
@@ -192,7 +193,7 @@ def sample_kernel(  # type: ignore[no-untyped-def]
     best,
     arrived,
     tokens,
-    ok,
+    outcomes,
     # scalars
     stride,
     vocab,
@@ -227,9 +228,10 @@ def sample_kernel(  # type: ignore[no-untyped-def]
     if (reports & 0xFFFF) == tl.num_programs(0):
         packed = tl.atomic_xchg(best + entry, NOTHING_YET, sem="relaxed")
         tl.atomic_xchg(arrived + entry, 0, sem="relaxed")
-        usable = (reports < 0x10000) & (from_ordered((packed >> 32).to(tl.int32)) > float("-inf"))
+        found = from_ordered((packed >> 32).to(tl.int32)) > float("-inf")
+        outcome = tl.where(reports >= 0x10000, NOT_FINITE, tl.where(found, DRAWN, EXCLUDED))
         tl.store(tokens + entry, 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32))
-        tl.store(ok + entry, usable.to(tl.int32))
+        tl.store(outcomes + entry, outcome)
 
 
 def check_rows(op: str, logits: torch.Tensor, rows: torch.Tensor, params: torch.Tensor) -> None:
@@ -277,9 +279,9 @@ def sample(
     if seq_lens.shape != rows.shape or (thresholds is not None and thresholds.shape != rows.shape):
         raise ValueError(f"sample: seq_lens and thresholds must have {batch} elements")
     if out is None:
-        tokens, ok = (torch.empty(batch, dtype=torch.int32, device=logits.device) for _ in range(2))
-        out = SampledTokens(tokens, ok)
-    if len(out.tokens) < batch or len(out.ok) < batch:
+        tokens, outcomes = (torch.empty(batch, dtype=torch.int32, device=logits.device) for _ in range(2))
+        out = SampledTokens(tokens, outcomes)
+    if len(out.tokens) < batch or len(out.outcomes) < batch:
         raise ValueError(f"sample: out has room for fewer than {batch} entries")
     if batch == 0:
         return out
@@ -298,7 +300,7 @@ def sample(
         scratch.best,
         scratch.arrived,
         out.tokens,
-        out.ok,
+        out.outcomes,
         logits.stride(0),
         vocab,
         config.tiles,

@@ -5,6 +5,7 @@ import math
 import torch
 
 from charonia_kernels import sampling_params as layout
+from charonia_kernels.draw_outcome import DrawOutcome
 
 GROUP = 512
 """Tokens t, t + GROUP, t + 2 GROUP and t + 3 GROUP of each 4 GROUP take the four words of one Philox block."""
@@ -85,12 +86,13 @@ def sample(
         thresholds: ``[B]``; tokens whose scaled logit is smaller are left out, but not in greedy rows.
 
     Returns:
-        tokens ``[B]`` int32 and ok ``[B]`` int32, 0 where a logit is NaN or +inf or all are -inf.
+        tokens ``[B]`` int32 and outcomes ``[B]`` int32, of :class:`DrawOutcome`.
     """
     perturbed = scores(logits, rows, seq_lens, params, thresholds)
-    bad = ~(logits < math.inf).all(dim=-1) | (perturbed.amax(dim=-1) == -math.inf)
+    outcomes = torch.where(perturbed.amax(dim=-1) == -math.inf, DrawOutcome.EXCLUDED, DrawOutcome.DRAWN)
+    outcomes[~(logits < math.inf).all(dim=-1)] = DrawOutcome.NOT_FINITE
     tokens = perturbed.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argmax(dim=-1)
-    return tokens.int(), (~bad).int()
+    return tokens.int(), outcomes.int()
 
 
 def filter_thresholds(logits: torch.Tensor, rows: torch.Tensor, params: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from charonia_kernels.draw_outcome import DrawOutcome
 from charonia_kernels.gpu._launch import H100
 from charonia_kernels.gpu.logit_rules import RulesConfig, apply_logit_rules, rules_config
+from charonia_kernels.gpu.sampling import sample
 from charonia_kernels.logit_rule_layout import RuleKind, bit_mask, build_rules
 from charonia_kernels.reference.logit_rules import apply_logit_rules as reference
 from charonia_kernels.sampling_params import NUM_PARAMS, pack
@@ -85,6 +87,19 @@ def test_failed_rows_stay_failed():
     logits = torch.zeros(1, VOCAB, device=DEVICE)
     logits[0, 4], logits[0, 5] = math.nan, INF
     assert run([build_rules(VOCAB, bad_words=[[4], [5]])], [1, 2], logits=logits)[0, 4:6].isnan().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_the_sampler_makes_of_rules_that_leave_nothing(temperature):
+    rules = [build_rules(VOCAB, allowed=[4, 5], bad_words=[[1, 2, 4], [5]]) for _ in range(2)]
+    rules.append(build_rules(VOCAB, allowed=[4, 5], bad_words=[[2, 2, 4], [5]]))
+    logits = torch.zeros(3, VOCAB, device=DEVICE)
+    logits[1, 4] = math.nan
+    run(rules, [1, 2], num_prompt=0, logits=logits)
+    table = ints(pack(temperature=temperature, seed=1)).view(1, -1)
+    drawn = sample(logits, ints([0, 0, 0]), ints([2, 2, 2]), table)
+    assert drawn.outcomes.tolist() == [DrawOutcome.EXCLUDED, DrawOutcome.NOT_FINITE, DrawOutcome.DRAWN]
+    assert drawn.tokens[2] == 4
 
 
 def test_layout():

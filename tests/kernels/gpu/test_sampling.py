@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from charonia_kernels.draw_outcome import DrawOutcome
 from charonia_kernels.gpu._launch import H100, INTERPRETED
 from charonia_kernels.gpu.sampling import SampleConfig, SampledTokens, SampleScratch, sample, sample_config
 from charonia_kernels.gpu.sampling_filters import FilterConfig, filter_config, filter_thresholds
@@ -36,10 +37,10 @@ def table(*rows):
 
 def assert_sampled(result, logits, rows, seq_lens, params, thresholds=None):
     """The reference's tokens, up to scores that differ by less than fp32 can tell."""
-    tokens, ok = reference.sample(logits, rows, seq_lens, params, thresholds)
-    assert torch.equal(result.ok, ok)
+    tokens, outcomes = reference.sample(logits, rows, seq_lens, params, thresholds)
+    assert torch.equal(result.outcomes, outcomes)
     scores = reference.scores(logits, rows, seq_lens, params, thresholds)
-    good = ok.bool()
+    good = outcomes == DrawOutcome.DRAWN
     loss = scores.amax(dim=-1) - scores.gather(-1, result.tokens.long()[:, None])[:, 0]
     assert (loss[good] <= 2e-5 * (1 + scores.amax(dim=-1)[good].abs())).all()
     assert ((result.tokens >= 0) & (result.tokens < logits.shape[1])).all()
@@ -72,7 +73,7 @@ def test_greedy_takes_the_largest(dtype, vocab):
     logits = make(3, vocab, dtype)
     result = sample(logits, ints([0, 1, 0]), ints([5, 6, 7]), table({}, {"temperature": 0.0, "top_k": 3}))
     assert torch.equal(result.tokens.long(), logits.float().argmax(dim=-1))
-    assert result.ok.all()
+    assert not result.outcomes.any()
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -155,21 +156,24 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize("drawn", [False, True])
 def test_logits_that_are_not_usable(drawn):
-    logits = make(6, 4100)
+    logits = make(7, 4100)
     logits[0, 7] = INF
     logits[1, 4099] = math.nan
     logits[2] = -INF
     logits[3] = math.nan
-    logits[4, :4000] = -INF
+    logits[4] = -INF
+    logits[4, 3] = math.nan
+    logits[5, :4000] = -INF
     params, rows, seq_lens = (
         table({"temperature": 1.0 if drawn else 0.0, "seed": 3}),
-        ints([0] * 6),
-        ints(range(6)),
+        ints([0] * 7),
+        ints(range(7)),
     )
     result = sample(logits, rows, seq_lens, params)
-    assert result.ok.tolist() == [0, 0, 0, 0, 1, 1]
+    broken, none_left = DrawOutcome.NOT_FINITE, DrawOutcome.EXCLUDED
+    assert result.outcomes.tolist() == [broken, broken, none_left, broken, broken, 0, 0]
     assert_sampled(result, logits, rows, seq_lens, params)
-    assert result.tokens[4] >= 4000
+    assert result.tokens[5] >= 4000
 
 
 def test_scratch_is_left_as_it_was():

@@ -23,7 +23,7 @@ def cases() -> Iterator[AotCase]:
 def sampling(dtype: str) -> Iterator[AotCase]:
     pointers = {"logits": f"*{dtype}", **dict.fromkeys(("rows", "seq_lens", "row_params"), "*i32")}
     rest = {
-        "best": "*i64", "arrived": "*i32", "tokens": "*i32", "ok": "*i32",
+        "best": "*i64", "arrived": "*i32", "tokens": "*i32", "outcomes": "*i32",
         "stride": "i32", "vocab": "i32", "tiles": "i32",
     }  # fmt: skip
     for name, thresholds in (("plain", None), ("filtered", "*fp32")):
