@@ -1,7 +1,7 @@
 """Engine configuration: frozen data, validated once. Automatic choices return a new config."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -131,12 +131,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         except msgspec.ValidationError as error:
             if isinstance(error.__cause__, ConfigError):
                 raise error.__cause__ from None
-            raise ConfigError(f"bad engine setting: {error}") from None
+            raise _bad_value(values, error) from None
 
     @property
     def tokenizer_dir(self) -> str:
         """Where the tokenizer's files are."""
         return self.tokenizer or self.model
+
+
+def _bad_value(values: Mapping[str, Any], error: msgspec.ValidationError) -> ConfigError:
+    """What is wrong with the one value that does not have its setting's type."""
+    problem, _, path = str(error).partition(" - at `$.")
+    key = path.rstrip("`")
+    problem = problem.replace("Expected", "must be", 1)
+    kind = EngineConfig.__annotations__.get(key)
+    if get_origin(kind) is Literal:
+        problem = f"must be {' or '.join(map(repr, get_args(kind)))}, got {values[key]!r}"
+    elif key == "quantization":
+        problem = f"must be null, got {values[key]!r}: this build serves no quantised weights"
+    return ConfigError(f"engine setting {key!r} {problem}")
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):

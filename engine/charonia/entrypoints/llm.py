@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from charonia.config import EngineConfig
 from charonia.core.engine_core import StepTimes
 from charonia.core.stats import EngineStats
 from charonia.entrypoints.interrupt import deferred_interrupt
 from charonia.entrypoints.offline_batch import Live, OfflineBatch, Output
+from charonia.entrypoints.offline_settings import each_sampling, offline_config, recommended_sampling
 from charonia.errors import EngineDeadError, InvalidRequestError
 from charonia.model_config import ModelConfig
 from charonia.outputs import EmbeddingRequestOutput, RequestOutput
@@ -35,8 +35,9 @@ Messages = Sequence[Mapping[str, Any]]
 class LLM:
     """A model in this process. Not thread-safe.
 
-    Keyword arguments are the settings of `EngineConfig`. With `skip_tokenizer_init`, prompts are token ids and outputs
-    have no text. Raises `ConfigError` or `ModelLoadError`.
+    Keyword arguments are the settings of `EngineConfig`; those of vLLM that mean nothing here are ignored with a
+    warning, as in `1/model.json`. With `skip_tokenizer_init`, prompts are token ids and outputs have no text. Raises
+    `ConfigError` or `ModelLoadError`.
 
     What lives in the process once the model is loaded is exempted from garbage collection (`gc.freeze`), so that no
     step waits for the collector to walk it; `shutdown` undoes that.
@@ -47,10 +48,11 @@ class LLM:
     """
 
     def __init__(self, model: str, **settings: Any) -> None:
-        config = EngineConfig.from_mapping({"max_waiting_requests": 1 << 30, **settings, "model": str(model)})
+        config = offline_config(model, settings)
         model_config = ModelConfig.from_dir(config.model)
         tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_dir(config.tokenizer_dir)
         self._inputs = InputProcessor(config, model_config, tokenizer)
+        self._default_sampling = recommended_sampling(config.model)
         self._core, self._summary = build_engine(config, model_config)
         self._next_id = 0
         self._failed = False
@@ -69,7 +71,8 @@ class LLM:
 
         prompts: a string, a list or array of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}`, or a list of
         these.
-        sampling_params: one for all, or one for each. priority: of each prompt; lower runs first.
+        sampling_params: one for all, or one for each; `get_default_sampling_params()` by default. priority: of each
+        prompt; lower runs first.
 
         Raises `InvalidRequestError` before anything runs. What ends one request with an error, or Ctrl-C, ends the
         call: the engine drops its other requests and is ready for the next call.
@@ -106,8 +109,8 @@ class LLM:
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -127,6 +130,10 @@ class LLM:
             for conversation in conversations
         ]
         return cast(list[RequestOutput], self._run(self._requests(inputs, sampling_params, None), use_tqdm))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends: how `generate` and `chat` sample unless told."""
+        return self._default_sampling
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises `InvalidRequestError` with `skip_tokenizer_init`."""
@@ -157,10 +164,8 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
     ) -> list[GenerationRequest]:
-        if params is None or isinstance(params, SamplingParams):
-            params = [self._checked(params or SamplingParams())] * len(inputs)
-        else:
-            params = [self._checked(item) for item in params]
+        each = each_sampling(self._default_sampling if params is None else params, len(inputs))
+        params = [self._checked(item) for item in each]
         for name, values in (("sampling_params", params), ("priority", priority)):
             if values is not None and len(values) != len(inputs):
                 raise InvalidRequestError(f"{name} has {len(values)} entries for {len(inputs)} prompts")
@@ -234,6 +239,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt] | npt.NDArray[np.integer[Any]])
         return [prompts]
     if isinstance(prompts, np.ndarray):
         return [prompts] if prompts.ndim == 1 else list(prompts)
+    if not isinstance(prompts, Sequence):
+        raise _no_prompt(prompts)
     if len(prompts) > 0 and all(isinstance(item, int) for item in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(Sequence[Prompt], prompts)
@@ -249,7 +256,11 @@ def _prompt_input(prompt: Prompt) -> str | Sequence[int]:
         return cast(list[int], value.tolist())
     if isinstance(value, str) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
         return value
-    raise InvalidRequestError(
+    raise _no_prompt(value)
+
+
+def _no_prompt(value: object) -> InvalidRequestError:
+    return InvalidRequestError(
         "a prompt must be a string, a list or array of token ids, or a mapping with 'prompt' or 'prompt_token_ids', "
         f"got {type(value).__name__}"
     )
