@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import re
 import sys
 from pathlib import Path
 
 _INSTALL = "pip install 'charonia[gateway]'"
 _MAX_KEYS = 10_000
+_COMMENT = re.compile(r"(?:^|\s)#.*")
+"""A key may have "#" in it, a comment has space in front."""
 
 
 def add_gateway_command(command: argparse.ArgumentParser) -> None:
@@ -142,7 +145,7 @@ def _keys_in(path: Path | None) -> tuple[str, ...]:
     """Raises ValueError for a file without keys: it would open every route."""
     if path is None:
         return ()
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+    lines = (_COMMENT.sub("", line).strip() for line in path.read_text().splitlines())
     keys = tuple(line for line in lines if line)
     if not 0 < len(keys) <= _MAX_KEYS:
         raise ValueError(f"{path} must have 1 to {_MAX_KEYS} keys, one a line, and has {len(keys)}")

@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex, TypedDict
 from charonia_client.errors import InvalidRequestError
 
 DEFAULT_MODEL = "llm"
-_MAX_TIMEOUT_S = 1e9
+MAX_TIMEOUT_S = 1e9
 
 InputValue = str | bool | tuple[int, ...]
 """A model input: STRING [1], BOOL [1] or INT32 [-1]."""
@@ -154,7 +154,7 @@ def _request(
     version = rest.pop("model_version", "")
     timeout = rest.pop("timeout", None)
     request_id = rest.pop("request_id", "") or uuid.uuid4().hex
-    if timeout is not None and not 0 < timeout < _MAX_TIMEOUT_S:
+    if timeout is not None and not 0 < timeout < MAX_TIMEOUT_S:
         raise InvalidRequestError(
             f"timeout must be a positive number of seconds, got {timeout!r}", url=url, model=model
         )

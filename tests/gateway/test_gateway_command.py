@@ -1,5 +1,6 @@
 """`charonia-client gateway` as a process."""
 
+import os
 import re
 import signal
 import subprocess
@@ -30,7 +31,7 @@ def command(*arguments: str) -> Iterator["subprocess.Popen[str]"]:
 
 def test_two_workers_with_keys(scripted, fake, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("# who may\nsecret # me\n\n")
+    keys.write_text("# who may\nsec#ret # me\n\n")
     port = free_ports()[0]
     with command(
         f"--triton={scripted.url}", f"--port={port}", f"--api-key-file={keys}", "--served-model-name=a",
@@ -40,7 +41,7 @@ def test_two_workers_with_keys(scripted, fake, tmp_path: Path) -> None:
         assert process.stdout.readline() == f"OpenAI API at http://127.0.0.1:{port}/v1\n"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             assert http.get("/v1/models").status_code == 401
-            http.headers["authorization"] = "Bearer secret"
+            http.headers["authorization"] = "Bearer sec#ret"
             assert [model["id"] for model in http.get("/v1/models").json()["data"]] == ["a", "b"]
             body = {"model": "b", "messages": [{"role": "user", "content": "one two"}]}
             for _ in range(3):
@@ -53,6 +54,35 @@ def test_two_workers_with_keys(scripted, fake, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert eventually(lambda: not any(is_running(pid) for pid in workers), 5)
+
+
+def test_requests_of_a_dead_worker_are_not_in_flight(scripted, fake) -> None:
+    def endless(request):
+        yield "one"
+        yield "two"
+        request.wait(60)
+
+    fake.script = endless
+    with command(f"--triton={scripted.url}", "--port=0", "--workers=2", "--drain-timeout=0") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[-1].removesuffix("/v1")
+
+        def in_flight() -> float:
+            counted = re.search(r"\nchar\w+_in_flight (\S+)", httpx.get(f"{url}/metrics", timeout=60).text)
+            return float(counted[1]) if counted is not None else 0.0
+
+        body = {"prompt": "a", "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines)
+            assert in_flight() == 2
+            workers = child_processes(process.pid)
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            with pytest.raises(httpx.TransportError):
+                list(lines)
+        assert eventually(lambda: not {*workers} & {*child_processes(process.pid)}, 10)
+        assert eventually(lambda: in_flight() == 1, 10)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -71,6 +101,14 @@ def test_a_stop_that_was_asked_for_is_no_failure(scripted, number) -> None:
         (["--tool-parser=nope"], "there is no tool parser 'nope'"),
         (["--triton=http://localhost:8000"], "speaks gRPC"),
         (["--api-key-file=/dev/null"], "must have 1 to"),
+        (["--api-key="], "must not be empty"),
+        (["--api-key=two words"], "white space"),
+        (["--workers=0"], "at least 1 worker"),
+        (["--port=70000"], "no port 70000"),
+        (["--drain-timeout=-1"], "must not be negative"),
+        (["--request-timeout=0"], "must be a positive number"),
+        (["--request-timeout=nan"], "must be a positive number"),
+        (["--max-body-mib=0"], "at least 1"),
         (["--host=192.0.2.1"], "assign requested address"),
     ],
 )

@@ -8,16 +8,14 @@ from contextlib import contextmanager
 
 import uvicorn
 from charonia_client.gateway.app import create_app
+from charonia_client.gateway.server import ListenSettings, server_config
 from charonia_client.gateway.settings import GatewaySettings
 
 
 @contextmanager
 def running_gateway(settings: GatewaySettings) -> Iterator[str]:
     """Its address, such as http://127.0.0.1:1234."""
-    config = uvicorn.Config(
-        create_app(settings), log_level="warning", lifespan="on", timeout_graceful_shutdown=2
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(create_app(settings), ListenSettings(drain_s=2)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -12,8 +12,10 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.multiprocess import mark_process_dead
 
 from charonia_client.gateway.app import create_app
+from charonia_client.gateway.http_protocol import BoundedHttpProtocol
 from charonia_client.gateway.settings import GatewaySettings
 from charonia_client.gateway.workers import WorkerGroup
 
@@ -33,6 +35,15 @@ class ListenSettings:
     workers: int = 1
     access_log: bool = False
     drain_s: int = 30
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that cannot be."""
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"there is no port {self.port}")
+        if self.workers < 1:
+            raise ValueError(f"there must be at least 1 worker, got {self.workers}")
+        if self.drain_s < 0:
+            raise ValueError(f"drain_s must not be negative, got {self.drain_s}")
 
 
 def run_gateway(
@@ -54,7 +65,9 @@ def run_gateway(
         with tempfile.TemporaryDirectory(prefix="charonia-gateway-") as metrics_dir:
             os.environ[_METRICS_DIR_VARIABLE] = metrics_dir
             work = partial(_work, settings, listen, metrics_dir)
-            return WorkerGroup(work, listener, listen.workers, listen.drain_s).run()
+            # Or the requests that a dead worker was answering would be in flight for ever.
+            forget = partial(mark_process_dead, path=metrics_dir)
+            return WorkerGroup(work, listener, listen.workers, listen.drain_s, forget).run()
 
 
 def _work(
@@ -63,9 +76,12 @@ def _work(
     _serve(create_app(settings, metrics_dir), listen, listener)
 
 
-def _serve(app: FastAPI, listen: ListenSettings, listener: socket.socket) -> int:
-    config = uvicorn.Config(
+def server_config(app: FastAPI, listen: ListenSettings) -> uvicorn.Config:
+    """How uvicorn is to serve the application."""
+    return uvicorn.Config(
         app,
+        http=BoundedHttpProtocol,
+        ws="none",
         log_level=logging.INFO if listen.access_log else logging.WARNING,
         access_log=listen.access_log,
         server_header=False,
@@ -73,7 +89,10 @@ def _serve(app: FastAPI, listen: ListenSettings, listener: socket.socket) -> int
         timeout_graceful_shutdown=listen.drain_s,
         lifespan="on",
     )
-    server = uvicorn.Server(config)
+
+
+def _serve(app: FastAPI, listen: ListenSettings, listener: socket.socket) -> int:
+    server = uvicorn.Server(server_config(app, listen))
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.should_exit = True

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from charonia_client.requests import DEFAULT_MODEL
+from charonia_client.requests import DEFAULT_MODEL, MAX_TIMEOUT_S
 
 AUTO = "auto"
 """Choose the parser by the model's chat template."""
@@ -38,6 +38,15 @@ class GatewaySettings:
     open_chat_page: bool = False
     prompt_tokens_details: bool = False
     otlp_traces_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values that would close the gateway to everybody, or open it."""
+        if any(not key or any(map(str.isspace, key)) for key in self.api_keys):
+            raise ValueError("an API key must not be empty or have white space in it")
+        if self.max_body_bytes < 1:
+            raise ValueError(f"max_body_bytes must be at least 1, got {self.max_body_bytes}")
+        if self.request_timeout_s is not None and not 0 < self.request_timeout_s < MAX_TIMEOUT_S:
+            raise ValueError(f"request_timeout_s must be a positive number, got {self.request_timeout_s}")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -23,15 +23,23 @@ Work = Callable[[socket.socket], None]
 class WorkerGroup:
     """Runs `work(listener)` in `count` processes until SIGINT or SIGTERM.
 
-    work: must be picklable, and must end on SIGTERM within `drain_s`.
+    work: must be picklable, and must end on SIGTERM within `drain_s`. on_death: told the pid of each that is replaced.
     """
 
-    def __init__(self, work: Work, listener: socket.socket, count: int, drain_s: float) -> None:
+    def __init__(
+        self,
+        work: Work,
+        listener: socket.socket,
+        count: int,
+        drain_s: float,
+        on_death: Callable[[int], None] = lambda pid: None,
+    ) -> None:
         self._context = multiprocessing.get_context("spawn")
         self._work = work
         self._listener = listener
         self._count = count
         self._drain_s = drain_s
+        self._on_death = on_death
         self._stopping = False
         self._early_deaths = 0
 
@@ -46,6 +54,7 @@ class WorkerGroup:
                 multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.5)
                 for worker in [worker for worker in workers if not worker.is_alive()]:
                     self._early_deaths += time.monotonic() - workers.pop(worker) < _EARLY_S
+                    self._on_death(worker.pid or 0)
         finally:
             self._end(list(workers))
             for number, handler in before.items():

@@ -20,7 +20,7 @@ from charonia.entrypoints.supervisor import RestartBudget, RestartPolicy
 from charonia.entrypoints.triton_server import describe_exit
 
 DEFAULT_PORT = 9000
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "tritonclient")
+_NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client", "tritonclient")
 _WRONG_USAGE = 2
 _START_S = 20.0
 _DRAIN_S = 2
