@@ -1,6 +1,7 @@
 """Grammars over the default model's tokenizer: what they allow, and what compiling them may cost."""
 
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -14,6 +15,7 @@ from charonia.entrypoints.default_model import ensure_default_model
 from charonia.errors import EngineDeadError, InvalidRequestError, UnsupportedError
 from charonia.request import Matcher
 from charonia.structured.compiler import GrammarCompiler
+from charonia.structured.grammar_cache import GrammarCache
 from charonia.structured.sandbox import Setup, judge
 from charonia.structured_params import StructuredOutputsParams
 from charonia.text import Tokenizer
@@ -22,6 +24,7 @@ TOKENS = 49152
 VOCAB = TOKENS + 100
 """Some models have logits for more tokens than their tokenizer has."""
 EOS = 2
+THREADS = 2
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,9 @@ def compiler() -> Iterator[GrammarCompiler]:
 
 def compiler_with(python: str, directory: Path | None = None) -> GrammarCompiler:
     directory = directory or ensure_default_model()
-    return GrammarCompiler(directory, vocab_size=VOCAB, eos_token_ids=(EOS, VOCAB + 5), python=python)
+    return GrammarCompiler(
+        directory, vocab_size=VOCAB, eos_token_ids=(EOS, VOCAB + 5), python=python, num_threads=THREADS
+    )
 
 
 def matcher(compiler: GrammarCompiler, **form: Any) -> Matcher:
@@ -139,31 +144,32 @@ def test_errors_are_remembered_and_bounded(compiler: GrammarCompiler) -> None:
 
 
 def test_what_nobody_waits_for_is_not_compiled(compiler: GrammarCompiler) -> None:
+    matcher(compiler, regex="started")
     tried: list[bytes] = []
-    begun, go_on = threading.Event(), threading.Event()
-    sandbox = compiler._sandbox
-    assert sandbox is not None
+    begun, go_on = threading.Semaphore(0), threading.Event()
+    sandboxes = compiler._sandboxes
+    assert sandboxes is not None
 
     class Gate:
         def try_out(self, params: bytes) -> str:
             tried.append(params)
-            begun.set()
+            begun.release()
             assert go_on.wait(30)
-            return sandbox.try_out(params)
+            return sandboxes.try_out(params)
 
-    compiler._sandbox = cast(Any, Gate())
+    compiler._sandboxes = cast(Any, Gate())
     try:
-        first = compiler.compile(StructuredOutputsParams(regex="first"))
-        assert begun.wait(30)
+        first = [compiler.compile(StructuredOutputsParams(regex=f"first{i}")) for i in range(THREADS)]
+        assert all(begun.acquire(timeout=30) for _ in first)
         left = [compiler.compile(StructuredOutputsParams(regex="left")) for _ in range(2)]
         shared = [compiler.compile(StructuredOutputsParams(regex="shared")) for _ in range(2)]
         assert all(future.cancel() for future in (*left, shared[0]))
         go_on.set()
-        assert first.result(60).error is None and shared[1].result(60).error is None
-        assert [params for params in tried if b"left" in params] == [] and len(tried) == 2
+        assert all(future.result(60).error is None for future in (*first, shared[1]))
+        assert [params for params in tried if b"left" in params] == [] and len(tried) == THREADS + 1
         assert matcher(compiler, regex="left").error is None
     finally:
-        compiler._sandbox = sandbox
+        compiler._sandboxes = sandboxes
 
 
 def test_a_busy_machine_is_not_the_grammars_fault(
@@ -172,11 +178,86 @@ def test_a_busy_machine_is_not_the_grammars_fault(
     matcher(compiler, regex="started")
     with monkeypatch.context() as patched:
         patched.setattr("charonia.structured.sandbox.MAX_WALL_SECONDS", 0.2)
-        assert compiler._sandbox is not None and compiler._sandbox._process is not None
-        compiler._sandbox._process.send_signal(signal.SIGSTOP)
+        stopped = sandbox_processes(compiler)
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
         with pytest.raises(EngineDeadError, match="retry later"):
             matcher(compiler, regex="busy")
+    for process in stopped:
+        process.send_signal(signal.SIGCONT)
     assert matcher(compiler, regex="busy").error is None
+
+
+def sandbox_processes(compiler: GrammarCompiler) -> list["subprocess.Popen[bytes]"]:
+    assert compiler._sandboxes is not None
+    return [sandbox._process for sandbox in compiler._sandboxes._all if sandbox._process is not None]
+
+
+def test_a_slow_grammar_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = compiler_with(sys.executable)
+    monkeypatch.setattr("charonia.structured.sandbox.MAX_WALL_SECONDS", 120.0)
+    assert matcher(compiler, regex="quick0").error is None
+    assert matcher(compiler, regex="quick1").error is None
+    (only,) = sandbox_processes(compiler)
+    only.send_signal(signal.SIGSTOP)
+    slow = compiler.compile(StructuredOutputsParams(regex="slow"))
+    for i in range(2, 6):
+        assert matcher(compiler, regex=f"quick{i}").error is None
+    assert not slow.done()
+    assert len(sandbox_processes(compiler)) == 2
+    # Nor does one that costs a sandbox its life.
+    only.kill()
+    with pytest.raises(InvalidRequestError, match="too much time"):
+        slow.result(60)
+    assert matcher(compiler, regex="quick6").error is None
+    assert len(sandbox_processes(compiler)) == 1
+    compiler.shutdown()
+    assert sandbox_processes(compiler) == []
+
+
+def test_shutdown_with_every_thread_at_work() -> None:
+    compiler = compiler_with(sys.executable)
+    matcher(compiler, regex="a")
+    for process in sandbox_processes(compiler):
+        process.send_signal(signal.SIGSTOP)
+    waiting = [compiler.compile(StructuredOutputsParams(regex=f"a{i}")) for i in range(2 * THREADS)]
+    compiler.shutdown()
+    assert all(future.done() for future in waiting) and sandbox_processes(compiler) == []
+
+
+def test_what_the_cache_forgets() -> None:
+    class Item:
+        def __init__(self, num_bytes: int) -> None:
+            self.num_bytes = num_bytes
+
+    cache: GrammarCache[Item] = GrammarCache(max_items=3, max_bytes=100)
+    for key in (b"a", b"b", b"c"):
+        cache.put(key, Item(10))
+    assert cache.get(b"a") is not None
+    cache.put(b"d", Item(10))
+    assert cache.get(b"b") is None and len(cache) == 3
+    cache.put(b"e", Item(75))
+    assert [cache.get(key) is not None for key in (b"c", b"a", b"d", b"e")] == [False, True, True, True]
+    grown = cache.get(b"a")
+    assert grown is not None
+    grown.num_bytes = 30
+    cache.put(b"d", Item(20))
+    assert cache.get(b"e") is None and cache.get(b"a") is grown
+    cache.put(b"f", Item(1000))
+    assert len(cache) == 1 and cache.get(b"f") is not None
+
+
+def test_large_grammars_are_forgotten_before_small_ones_would_be(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "_compiled", GrammarCache(max_items=100, max_bytes=3_000_000))
+    for i in range(12):
+        assert matcher(compiler, regex=f"small{i}").error is None
+    assert len(compiler._compiled) == 12
+    for i in range(3):
+        assert matcher(compiler, choice=[f"{i} {j:02}" + "x" * 100 for j in range(100)]).error is None
+    assert len(compiler._compiled) < 6
+    assert matcher(compiler, regex="small0").error is None
 
 
 def test_the_judge_in_the_sandbox() -> None:

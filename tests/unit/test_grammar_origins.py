@@ -23,7 +23,15 @@ def make(max_origins: int) -> tuple[Origins, list[Native]]:
         made.append(Native())
         return made[-1]
 
-    return Origins(compile_grammar, frozenset({2}), max_origins), made
+    thread = threading.get_ident()
+    origins = Origins(
+        compile_grammar,
+        lambda: threading.get_ident() == thread,
+        frozenset({2}),
+        max_origins=max_origins,
+        bytes_each=10,
+    )
+    return origins, made
 
 
 def test_few_sequences_share_an_origin_and_many_are_spread() -> None:
@@ -32,7 +40,7 @@ def test_few_sequences_share_an_origin_and_many_are_spread() -> None:
     counts = [sum(matcher.native.copied_from is native for matcher in matchers) for native in made]
     assert counts == [2 * MAX_PER_ORIGIN] * 3
     assert all(matcher.native.copied_from is made[matcher.origin] for matcher in matchers)
-    assert matchers[0].end_token_ids == {2}
+    assert matchers[0].end_token_ids == {2} and origins.num_bytes == 30
 
 
 def test_sequences_that_have_gone_make_room() -> None:

@@ -7,7 +7,7 @@ from charonia.core.engine_core import EngineCore
 from charonia.core.scheduler import Scheduler
 from charonia.model_config import ModelConfig
 from charonia.serving.processes import python_executable
-from charonia.structured.compiler import GrammarCompiler
+from charonia.structured.compiler import GrammarCompiler, num_compile_threads
 from charonia.worker.executor import InProcessExecutor
 
 
@@ -35,4 +35,5 @@ def _grammar_compiler(config: EngineConfig, model: ModelConfig) -> GrammarCompil
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
         python=python_executable(),
+        num_threads=num_compile_threads(),
     )

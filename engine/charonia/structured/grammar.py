@@ -37,6 +37,19 @@ def parser_limits() -> LLParserLimits:
     )
 
 
+BYTES_PER_GRAMMAR = 100_000
+BYTES_PER_CHAR = 128
+"""Measured: 20 to 100 kB for small grammars, and 2 (choices) to 270 (a regex of letters) for each character more."""
+
+
+def compiled_bytes(grammar: str) -> int:
+    """About the memory that a grammar takes once it is compiled, which llguidance does not tell.
+
+    Left out is what its lexer finds out while sequences follow it: mostly less, at most 100 MB (`parser_limits`).
+    """
+    return BYTES_PER_GRAMMAR + BYTES_PER_CHAR * len(grammar)
+
+
 def llguidance_grammar(params: StructuredOutputsParams) -> str:
     """The grammar's text. Raises `InvalidRequestError`; the text may still turn out not to compile."""
     if params.regex is not None:

@@ -63,6 +63,11 @@ class Sandbox:
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
 
+    @property
+    def is_started(self) -> bool:
+        """Whether there is a process, which the next grammar need not wait for."""
+        return self._process is not None
+
     def try_out(self, params: bytes) -> str:
         """Compile `StructuredOutputsParams` (JSON), and return the grammar's text.
 
