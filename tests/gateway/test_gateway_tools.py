@@ -89,6 +89,20 @@ def test_auto_streams(client, fake):
     assert streamed(chunks) == ("Let me look.", "", [("get_weather", {"city": "Oslo"})], "tool_calls")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_parallel_calls(client, fake, stream):
+    fake.script = says(f"{CALL}\n{CALL}")
+    answer = client.chat.completions.create(
+        model="llm", messages=ASK, tools=[WEATHER], parallel_tool_calls=False, stream=stream, max_tokens=999
+    )
+    if stream:
+        content, _, calls, reason = streamed(answer)
+    else:
+        (choice,) = answer.choices
+        content, calls, reason = choice.message.content, choice.message.tool_calls, choice.finish_reason
+    assert (content or "", len(calls), reason) == ("", 1, "tool_calls")
+
+
 def test_no_tools_no_calls(client, fake):
     fake.script = says(CALL)
     answer = client.chat.completions.create(

@@ -1,5 +1,6 @@
 """Whatever the text and however it is cut: the same totals, nothing lost, in linear time."""
 
+import contextlib
 import json
 import time
 
@@ -11,7 +12,8 @@ from charonia_client.gateway.parsers import (
     make_parser,
     parse_required_tool_calls,
 )
-from gateway.parsing import TOOLS, Total, cut, total
+from charonia_client.gateway.parsers.json_scanner import JsonValueScanner, Status
+from gateway.parsing import TOOLS, Total, cut, tool, total
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +114,102 @@ def test_arguments_are_the_json_of_the_text(
         assert total(make(name), cut(text, places)) == expected
     assert total(parse_required_tool_calls(), cut(f"[{call}]", places)) == expected
     assert total(parse_required_tool_calls(name="add"), cut(written, places)) == expected
+
+
+JSON_PIECES = r'{ } [ ] , : " "a" "a": \ \u \u00e9 \x 0 - 1.5 -0.5e+3 01 1. e true nul null NaN'
+written_json = VALUES.map(json.dumps) | VALUES.map(
+    lambda value: json.dumps(value, indent=1, ensure_ascii=False)
+)
+json_like = st.one_of(
+    st.lists(st.sampled_from([*JSON_PIECES.split(), " ", "\t", "\n"]) | st.text(max_size=2), max_size=12).map(
+        "".join
+    ),
+    st.tuples(written_json, st.integers(0, 40), st.text(max_size=2)).map(
+        lambda made: made[0][: made[1]] + made[2] + made[0][made[1] :]
+    ),
+    written_json,
+)
+
+
+def loads(text: str) -> object:
+    """What the standard library makes of JSON; line breaks and the like may stand in strings."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    return json.loads(text, strict=False, parse_constant=refuse)
+
+
+@settings(max_examples=600, deadline=None)
+@given(json_like, places)
+def test_the_scanner_takes_json_and_nothing_else(text: str, places: list[int]) -> None:
+    ended = f"{text},"  # a number ends at what follows it
+    whole, pieces = JsonValueScanner(), JsonValueScanner()
+    end = whole.feed(ended, 0)
+    taken = whole.take()
+    told = ""
+    for piece in cut(ended, places):
+        pieces.feed(piece, 0)
+        told += pieces.take()
+    assert (pieces.status, told) == (whole.status, taken)
+    if whole.status is Status.DONE:
+        assert loads(taken) == loads(ended[:end])
+    with contextlib.suppress(ValueError):
+        value = loads(text)
+        assert whole.status is Status.DONE and loads(taken) == value
+
+
+SEGMENTS = st.lists(
+    st.one_of(
+        st.text("ab. \u00e9\u4e2d", min_size=1, max_size=6),
+        st.tuples(st.sampled_from(["add", "get_weather"]), ARGUMENTS),
+    ),
+    max_size=6,
+)
+WRITERS = {
+    "hermes": lambda name, arguments: (
+        f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+    ),
+    "mistral": lambda name, arguments: f"[TOOL_CALLS]{name}[ARGS]{arguments}",
+    "llama3_json": lambda name, arguments: f'<|python_tag|>{{"name": "{name}", "parameters": {arguments}}}',
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEGMENTS, st.sampled_from(sorted(WRITERS)), st.booleans(), places)
+def test_calls_between_texts_come_back(
+    segments: list[str | tuple[str, dict[str, object]]], parser: str, ascii_only: bool, places: list[int]
+) -> None:
+    written, texts, names, arguments = "", "", [], []
+    for segment in segments:
+        if isinstance(segment, str):
+            written += segment
+            texts += segment
+        else:
+            names.append(segment[0])
+            arguments.append(json.dumps(segment[1], ensure_ascii=ascii_only))
+            written += WRITERS[parser](names[-1], arguments[-1])
+    result = total(make(parser), cut(written, places))
+    assert (result.names, result.arguments) == (names, arguments)
+    # White space next to a call is layout.
+    assert "".join(result.content.split()) == "".join(texts.split())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=3), VALUES, max_size=3), places)
+def test_typed_parameters_come_back(arguments: dict[str, object], places: list[int]) -> None:
+    """A parameter between tags is read by its schema, whatever it holds but the tags themselves."""
+    schema = {
+        name: {"type": "string" if isinstance(value, str) else "object"} for name, value in arguments.items()
+    }
+    text = "<tool_call>\n<function=f>\n"
+    for name, value in arguments.items():
+        written = value if isinstance(value, str) else json.dumps(value)
+        text += f"<parameter={name}>\n{written}\n</parameter>\n"
+    parser = make_parser(tool_parser="qwen3_coder", reasoning_parser=None, tools=[tool("f", **schema)])
+    result = total(parser, cut(f"{text}</function>\n</tool_call>", places))
+    assert (result.content, result.names) == ("", ["f"])
+    assert json.loads(result.arguments[0]) == arguments
 
 
 N = 200_000

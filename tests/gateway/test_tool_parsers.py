@@ -12,7 +12,7 @@ from charonia_client.gateway.parsers import (
     needs_special_tokens,
     parse_required_tool_calls,
 )
-from gateway.parsing import TOOLS, Total, total
+from gateway.parsing import TOOLS, Total, tool, total
 
 WEATHER = '{"city": "Paris", "days": 2}'
 
@@ -120,6 +120,10 @@ class TestHermes:
         assert result.names == ["add"]
         assert (result.arguments[0].rstrip(), result.content.lstrip()) == (f'{{"a":{legal}', rest.lstrip())
 
+    @pytest.mark.parametrize("closing", ["</tool_call>", "\n</tool_call>\n", "</tool"])
+    def test_a_closing_brace_may_be_missing(self, closing: str) -> None:
+        assert parsed("hermes", f"<tool_call>{call()[:-1]}{closing}") == one_call()
+
     def test_arguments_that_are_cut_short(self) -> None:
         text = '<tool_call>{"name": "add", "arguments": {"a": "12'
         assert parsed("hermes", text) == one_call("add", '{"a": "12')
@@ -222,6 +226,32 @@ class TestQwen3Coder:
         text += "<parameter=note>null</parameter></function>"
         assert parsed("qwen3_coder", text) == one_call("add", '{"a": "much", "b": 1.5, "note": null}')
 
+    @pytest.mark.parametrize(
+        ("schema", "text", "value"),
+        [
+            ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "90210", "90210"),
+            ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "true", "true"),
+            ({"anyOf": [{"type": "string"}, {"type": "null"}]}, '"quoted"', '"quoted"'),
+            ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+            ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "None", None),
+            ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "90210", 90210),
+            ({"oneOf": [{"type": "string"}, {"type": "array"}]}, '["a"]', ["a"]),
+            ({"anyOf": [{"$ref": "#/$defs/A"}, {"type": "string"}]}, '{"a": 1}', {"a": 1}),
+            ({"type": ["string", "null"]}, "False", "False"),
+            ({"type": ["string", "boolean"]}, "False", False),
+            ({"type": ["integer", "null"]}, " 7\n", 7),
+            ({"type": "string"}, "7", "7"),
+            ({"type": 7}, "7", 7),
+            ({"anyOf": [7]}, "x", "x"),
+            ({"anyOf": 7}, "7", "7"),
+            ({}, "7", "7"),
+        ],
+    )
+    def test_values_of_one_of_several_types(self, schema: Any, text: str, value: Any) -> None:
+        stream = parser("qwen3_coder", [tool("f", a=schema)])
+        result = total(stream, [f"<function=f><parameter=a>{text}</parameter></function>"])
+        assert json.loads(result.arguments[0]) == {"a": value}
+
     def test_no_parameters(self) -> None:
         assert parsed("qwen3_coder", "<function=now>\n</function>") == one_call("now", "{}")
 
@@ -275,6 +305,19 @@ def test_calls_past_the_cap_are_content() -> None:
     result = parsed("hermes", HERMES.format(call("add", "{}")) * 130)
     assert len(result.names) == 128
     assert result.content.count("<tool_call>") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("hermes", f"Hm.{HERMES.format(call())}\n{HERMES.format(call('add', '{}'))} Done."),
+        ("mistral", f"Hm.[TOOL_CALLS][{call()}, {call('add', '{}')}] Done."),
+    ],
+)
+def test_only_the_first_call_where_one_is_allowed(name: str, text: str) -> None:
+    for pieces in (text, [text]):
+        stream = make_parser(tool_parser=name, reasoning_parser=None, tools=TOOLS, parallel_tool_calls=False)
+        assert total(stream, pieces) == one_call(content="Hm. Done.")
 
 
 def test_calls_nested_past_the_cap_are_malformed() -> None:

@@ -53,6 +53,7 @@ class ChatPlan:
             tool_parser=formats.tool_parser if self.request.offers_tools else None,
             reasoning_parser=formats.reasoning_parser,
             tools=self.request.tool_values() if self.request.offers_tools else [],
+            parallel_tool_calls=self.request.allows_parallel_calls,
             prompt_opens_reasoning=formats.opens_reasoning,
         )
 
@@ -75,10 +76,8 @@ async def plan_chat(
         schema = named_tool_schema(request.tools or (), request.forced_function or "")
         parameters["structured_outputs"] = {"json": schema}
     elif reading == "required":
-        parallel = request.parallel_tool_calls is not False
-        parameters["structured_outputs"] = {
-            "json": required_tools_schema(request.tools or (), parallel=parallel)
-        }
+        schema = required_tools_schema(request.tools or (), parallel=request.allows_parallel_calls)
+        parameters["structured_outputs"] = {"json": schema}
     elif reading == "parsed" and needs_special_tokens(
         formats.tool_parser if request.offers_tools else None, formats.reasoning_parser
     ):

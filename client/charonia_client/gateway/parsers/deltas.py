@@ -68,11 +68,14 @@ class DeltaBuilder:
     """Gathers content and tool calls between two deltas.
 
     White space at the start of the content and after a call is layout when a call follows: it is held back
-    until something visible shows that it is text.
+    until something visible shows that it is text. Of more calls than ``told_calls`` the first ones are told.
     """
 
-    def __init__(self, call_id: Callable[[], str] = random_call_id) -> None:
+    def __init__(
+        self, call_id: Callable[[], str] = random_call_id, *, told_calls: int = MAX_TOOL_CALLS
+    ) -> None:
         self._call_id = call_id
+        self._told_calls = told_calls
         self._content: list[str] = []
         self._space: list[str] = []
         self._at_edge = True
@@ -136,7 +139,9 @@ class DeltaBuilder:
             self._content.clear()
             return delta
         calls = tuple(
-            ToolCallDelta(call.index, call.id, call.name, "".join(call.arguments)) for call in self._calls
+            ToolCallDelta(call.index, call.id, call.name, "".join(call.arguments))
+            for call in self._calls
+            if call.index < self._told_calls
         )
         delta = ParsedDelta("".join(self._content), reasoning, calls)
         self._content.clear()

@@ -42,7 +42,8 @@ class JsonValueScanner:
 
     def __init__(self) -> None:
         self.status = Status.OPEN
-        self._state: Callable[[str, int], int] = self._value
+        self._state: Callable[[str, int], int] = self._between
+        self._next: Callable[[str, int], int] = self._value
         self._after_string: Callable[[], None] = self._end_value
         self._closers: list[str] = []
         self._scalar = ""
@@ -68,40 +69,83 @@ class JsonValueScanner:
 
     def _end_value(self) -> None:
         if self._closers:
-            self._state = self._after_item
+            self._await(self._after_item)
         else:
             self.status = Status.DONE
 
-    def _skip_space(self, text: str, position: int) -> int:
+    def _take(self, character: str, position: int) -> int:
+        self._out.append(character)
+        return position + 1
+
+    # Between tokens, `_next` gets the next character that is no white space.
+
+    def _await(self, state: Callable[[str, int], int]) -> None:
+        self._state = self._between
+        self._next = state
+
+    def _between(self, text: str, position: int) -> int:
         end = skip_space(text, position)
         if end > position:
             self._out.append(text[position:end])
-        return end
+        return self._next(text[end], end) if end < len(text) else end
 
-    def _step(self, character: str, state: Callable[[str, int], int]) -> None:
-        self._out.append(character)
-        self._state = state
-
-    def _value(self, text: str, position: int) -> int:
-        position = self._skip_space(text, position)
-        if position == len(text):
-            return position
-        character = text[position]
+    def _value(self, character: str, position: int) -> int:
         if character == '"':
-            self._step(character, self._string)
+            self._state = self._string
             self._after_string = self._end_value
         elif character in "{[":
             if len(self._closers) == MAX_DEPTH:
                 return self._fail(position)
             self._closers.append("}" if character == "{" else "]")
-            self._step(character, self._first_key if character == "{" else self._first_item)
+            self._await(self._first_key if character == "{" else self._first_item)
         elif character in _SCALAR_STARTS:
             self._scalar = ""
             self._state = self._in_scalar
             return position
         else:
             return self._fail(position)
-        return position + 1
+        return self._take(character, position)
+
+    def _first_key(self, character: str, position: int) -> int:
+        if character == "}":
+            return self._close(character, position)
+        return self._key(character, position)
+
+    def _key(self, character: str, position: int) -> int:
+        if character != '"':
+            return self._fail(position)
+        self._state = self._string
+        self._after_string = self._expect_colon
+        return self._take(character, position)
+
+    def _expect_colon(self) -> None:
+        self._await(self._colon)
+
+    def _colon(self, character: str, position: int) -> int:
+        if character != ":":
+            return self._fail(position)
+        self._await(self._value)
+        return self._take(character, position)
+
+    def _first_item(self, character: str, position: int) -> int:
+        if character == "]":
+            return self._close(character, position)
+        return self._value(character, position)
+
+    def _after_item(self, character: str, position: int) -> int:
+        if character == self._closers[-1]:
+            return self._close(character, position)
+        if character != ",":
+            return self._fail(position)
+        self._await(self._key if self._closers[-1] == "}" else self._value)
+        return self._take(character, position)
+
+    def _close(self, character: str, position: int) -> int:
+        self._closers.pop()
+        self._end_value()
+        return self._take(character, position)
+
+    # Within a token.
 
     def _in_scalar(self, text: str, position: int) -> int:
         run = _SCALAR.match(text, position)
@@ -123,89 +167,29 @@ class JsonValueScanner:
             return run.end()
         character = text[position]
         if character == '"':
-            self._out.append(character)
             self._after_string()
         elif character == "\\":
-            self._step(character, self._escape)
+            self._state = self._escape
         else:
-            self._out.append(json.dumps(character)[1:-1])
-        return position + 1
+            character = json.dumps(character)[1:-1]
+        return self._take(character, position)
 
     def _escape(self, text: str, position: int) -> int:
         character = text[position]
         if character == "u":
             self._hex_digits = 4
-            self._step(character, self._in_hex)
+            self._state = self._in_hex
         elif character in '"\\/bfnrt':
-            self._step(character, self._string)
+            self._state = self._string
         else:
             return self._fail(position)
-        return position + 1
+        return self._take(character, position)
 
     def _in_hex(self, text: str, position: int) -> int:
         character = text[position]
         if character not in _HEX:
             return self._fail(position)
         self._hex_digits -= 1
-        self._step(character, self._in_hex if self._hex_digits else self._string)
-        return position + 1
-
-    def _first_key(self, text: str, position: int) -> int:
-        return self._key_or_close(text, position, may_close=True)
-
-    def _key(self, text: str, position: int) -> int:
-        return self._key_or_close(text, position, may_close=False)
-
-    def _key_or_close(self, text: str, position: int, *, may_close: bool) -> int:
-        position = self._skip_space(text, position)
-        if position == len(text):
-            return position
-        character = text[position]
-        if character == '"':
-            self._step(character, self._string)
-            self._after_string = self._expect_colon
-        elif character == "}" and may_close:
-            self._close(character)
-        else:
-            return self._fail(position)
-        return position + 1
-
-    def _expect_colon(self) -> None:
-        self._state = self._colon
-
-    def _colon(self, text: str, position: int) -> int:
-        position = self._skip_space(text, position)
-        if position == len(text):
-            return position
-        if text[position] != ":":
-            return self._fail(position)
-        self._step(":", self._value)
-        return position + 1
-
-    def _first_item(self, text: str, position: int) -> int:
-        position = self._skip_space(text, position)
-        if position == len(text):
-            return position
-        if text[position] == "]":
-            self._close("]")
-            return position + 1
-        self._state = self._value
-        return position
-
-    def _after_item(self, text: str, position: int) -> int:
-        position = self._skip_space(text, position)
-        if position == len(text):
-            return position
-        character = text[position]
-        if character == self._closers[-1]:
-            self._close(character)
-        elif character == ",":
-            self._step(character, self._key if self._closers[-1] == "}" else self._value)
-        else:
-            return self._fail(position)
-        return position + 1
-
-    def _close(self, character: str) -> None:
-        self._out.append(character)
-        self._closers.pop()
-        self._end_value()
+        if not self._hex_digits:
+            self._state = self._string
+        return self._take(character, position)

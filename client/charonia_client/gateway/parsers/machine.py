@@ -103,8 +103,9 @@ class ToolMachine:
         """Read a call that is a JSON object.
 
         Args:
-            then: the state after the call.
-            otherwise: the state after a malformed one: what was told of it stays, the rest is content.
+            then: the state after the call; also after one that turned out malformed when it had started: what was
+                told of it stays.
+            otherwise: the state after what was no call: it is content.
             names: the only names it may have; any, when None.
             arguments_optional: whether a name alone is a call.
         """
@@ -122,12 +123,12 @@ class ToolMachine:
             self._held.clear()
         if self._reader.status is Status.OPEN:
             return False
-        self.state = self._then if self._reader.status is Status.DONE else self._otherwise
+        self.state = self._then if self._reader.started else self._otherwise
         self.give_up()
         return True
 
-    def begin_arguments(self, name: str, *, then: State, otherwise: State) -> None:
-        """Start a call whose name is known; its arguments, a JSON object, are next."""
+    def begin_arguments(self, name: str, *, then: State) -> None:
+        """Start a call whose name is known; its arguments, a JSON object, are next. ``then`` follows in any case."""
         if not self.builder.may_start:
             self.give_up()
             self.state = self.take_rest
@@ -135,7 +136,7 @@ class ToolMachine:
         self._held.clear()
         self.builder.start_call(name)
         self._arguments = JsonValueScanner()
-        self._then, self._otherwise = then, otherwise
+        self._then = then
         self.state = self._in_arguments
 
     def _in_arguments(self) -> bool:
@@ -143,7 +144,7 @@ class ToolMachine:
         self.builder.arguments(self._arguments.take())
         if self._arguments.status is Status.OPEN:
             return False
-        self.state = self._then if self._arguments.status is Status.DONE else self._otherwise
+        self.state = self._then
         return True
 
 

@@ -84,5 +84,5 @@ class MistralMachine(ArrayMachine):
             return False
         if not self._name or self.text[self.position] != "{":
             return self._fail()
-        self.begin_arguments(self._name, then=self._in_content, otherwise=self._in_content)
+        self.begin_arguments(self._name, then=self._in_content)
         return True

@@ -19,23 +19,50 @@ _VALUE_ENDS = MarkerFinder([_PARAMETER_END, _PARAMETER, _FUNCTION_END])
 _NAME = re.compile(r"[^<>\n]+")
 
 
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+_TYPE_BY_START = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
+_STRING = frozenset({"string"})
+
+
 def _is_json(text: str) -> bool:
     scanner = JsonValueScanner()
     end = scanner.feed(text + " ", 0)  # a number ends at what follows it
     return scanner.status is Status.DONE and not text[end:].strip()
 
 
+def _named_types(schema: Any) -> frozenset[str] | None:
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    kinds = [kind] if isinstance(kind, str) else kind
+    if not isinstance(kinds, list) or not all(isinstance(name, str) for name in kinds):
+        return None
+    return frozenset("number" if name == "integer" else name for name in kinds)
+
+
+def _types(schema: Mapping[str, Any]) -> frozenset[str] | None:
+    """The types that a schema allows, integers being numbers; None where it is not plain to see."""
+    for keyword in ("anyOf", "oneOf"):
+        if isinstance(members := schema.get(keyword), list):
+            found = [_named_types(member) for member in members]
+            return None if None in found else frozenset().union(*(kinds or () for kinds in found))
+    if "type" in schema or schema.keys() & {"allOf", "$ref"}:
+        return _named_types(schema)
+    return _STRING
+
+
 def value_as_json(text: str, schema: Mapping[str, Any]) -> str:
     """Return the JSON of a value that was written without its type.
 
-    Text stays a string where the schema says ``string`` or nothing; otherwise it is JSON if it can be.
+    Text that is JSON is taken as such, unless the schema allows a string and nothing of the JSON's type. A schema
+    that says nothing means a string.
     """
-    kind = schema.get("type", None if schema.keys() & {"anyOf", "oneOf", "allOf", "$ref"} else "string")
-    if kind not in ("string", ["string"]):
-        if _is_json(text):
-            return text.strip()
-        if text.strip() in ("True", "False", "None"):
-            return {"True": "true", "False": "false", "None": "null"}[text.strip()]
+    types = _types(schema)
+    if types != _STRING:
+        written = text.strip()
+        written = _WORDS.get(written, written)
+        kind = _TYPE_BY_START.get(written[:1], "number")
+        is_plain = types is not None and "string" in types and kind not in types - _STRING
+        if not is_plain and _is_json(written):
+            return written
     return json.dumps(text, ensure_ascii=False)
 
 

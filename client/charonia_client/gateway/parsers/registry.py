@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from charonia_client.gateway.parsers.deltas import DeltaBuilder, random_call_id, short_call_id
+from charonia_client.gateway.parsers.deltas import MAX_TOOL_CALLS, DeltaBuilder, random_call_id, short_call_id
 from charonia_client.gateway.parsers.hermes import HermesMachine
 from charonia_client.gateway.parsers.llama3_json import Llama3JsonMachine
 from charonia_client.gateway.parsers.machine import ToolMachine
@@ -88,8 +88,9 @@ def _splitter(name: str | None, *, opened: bool) -> ReasoningSplitter | None:
     return ReasoningSplitter(marks, opened=opened)
 
 
-def _builder(tool_parser: str | None) -> DeltaBuilder:
-    return DeltaBuilder(short_call_id if tool_parser == "mistral" else random_call_id)
+def _builder(tool_parser: str | None, told_calls: int = MAX_TOOL_CALLS) -> DeltaBuilder:
+    call_id = short_call_id if tool_parser == "mistral" else random_call_id
+    return DeltaBuilder(call_id, told_calls=told_calls)
 
 
 def make_parser(
@@ -97,6 +98,7 @@ def make_parser(
     tool_parser: str | None,
     reasoning_parser: str | None,
     tools: Tools,
+    parallel_tool_calls: bool = True,
     prompt_opens_reasoning: bool = False,
 ) -> OutputParser:
     """Return a parser for one sequence.
@@ -105,6 +107,7 @@ def make_parser(
         tool_parser: a name in `TOOL_PARSERS`; None leaves tool calls in the content.
         reasoning_parser: a name in `REASONING_PARSERS`; None leaves reasoning in the content.
         tools: the tools of the request, in OpenAI's form; without any, calls are not looked for.
+        parallel_tool_calls: whether to tell more than the first call.
         prompt_opens_reasoning: whether the prompt ends within reasoning.
 
     Raises:
@@ -112,7 +115,7 @@ def make_parser(
     """
     if tool_parser is not None and tool_parser not in TOOL_PARSERS:
         raise ValueError(f"no tool parser {tool_parser!r}; known are {', '.join(TOOL_PARSERS)}")
-    builder = _builder(tool_parser)
+    builder = _builder(tool_parser, MAX_TOOL_CALLS if parallel_tool_calls else 1)
     machine = TOOL_PARSERS[tool_parser](builder, tools) if tool_parser is not None and tools else None
     return OutputParser(builder, machine, _splitter(reasoning_parser, opened=prompt_opens_reasoning))
 

@@ -33,7 +33,7 @@ class NamedMachine(ToolMachine):
         if not self.take_space():
             return False
         if self.text[self.position] == "{":
-            self.begin_arguments(self._name, then=self.take_rest, otherwise=self.take_rest)
+            self.begin_arguments(self._name, then=self.take_rest)
         else:
             self.state = self.take_rest
         return True

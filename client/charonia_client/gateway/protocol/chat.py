@@ -81,6 +81,11 @@ class ChatRequest(SamplingFields):
         """Whether the model is told of tools."""
         return bool(self.tools) and self.tool_choice != "none"
 
+    @property
+    def allows_parallel_calls(self) -> bool:
+        """Whether one answer may call several functions."""
+        return self.parallel_tool_calls is not False
+
     def tool_values(self) -> list[dict[str, Any]]:
         """The tools as plain JSON values, as they were sent."""
         return [tool.model_dump(exclude_unset=True) for tool in self.tools or ()]
