@@ -7,6 +7,7 @@ import charonia_kernels
 import pytest
 import torch
 from charonia.worker import attention, batch, model_runner
+from charonia.worker.cuda_graphs import GraphKey, GraphSizes
 from charonia_kernels import gpu
 from charonia_kernels.gpu._launch import INTERPRETED
 from support import gpu_kernels  # noqa: F401 (mends the interpreter)
@@ -70,6 +71,56 @@ def sharing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(model_runner, "pays_to_share", pays_to_share)
     return answers
+
+
+class EagerGraphs:
+    """Stands in for `StepGraphs`: steps are padded as those of graphs are, and launched kernel by kernel."""
+
+    def __init__(self, runner: model_runner.ModelRunner, sizes: GraphSizes) -> None:
+        self.sizes = sizes
+        self.keys: set[GraphKey] = set()
+        self._run = runner._run_shape
+
+    def replay(self, key: GraphKey) -> None:
+        self.keys.add(key)
+        self._run(key)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[EagerGraphs]:
+    """Of the engine that is built next: its steps run padded."""
+    made: list[EagerGraphs] = []
+
+    def pad_steps(runner: model_runner.ModelRunner) -> None:
+        setup = runner._setup
+        sizes = GraphSizes(
+            max_num_seqs=setup.max_num_seqs, max_num_tokens=setup.max_num_batched_tokens, shares_prefix=True
+        )
+        made.append(EagerGraphs(runner, sizes))
+        monkeypatch.setattr(runner, "_graphs", made[0])
+        hidden_size = runner._model_config.hidden_size
+        monkeypatch.setattr(runner, "_last_hidden", torch.full((setup.max_num_seqs, hidden_size), torch.nan))
+
+    monkeypatch.setattr(model_runner.ModelRunner, "capture_graphs", pad_steps)
+    return made
+
+
+def test_greedy_tokens_of_padded_steps(graphs: list[EagerGraphs], tmp_path: Path) -> None:
+    model = gpu_shaped_model("qwen3")
+    model.save_pretrained(tmp_path)
+    driver = CoreDriver(
+        tmp_path, max_num_seqs=7, max_num_batched_tokens=40, block_size=BLOCK_SIZE, max_model_len=48
+    )
+    lengths = (4, 3, 2, 5, 3)
+    asked = list(zip([*prompts(), *prompts()[:2]], lengths, strict=True))
+    try:
+        ids = [driver.add(*request) for request in asked]
+        driver.drain()
+    finally:
+        driver.core.shutdown()
+    assert {key.num_tokens for key in graphs[0].keys} >= {1, 4, 16, 40}
+    goldens = [greedy_golden(model, *request) for request in asked]
+    assert [driver.sequels[i].token_ids for i in ids] == [golden.tokens for golden in goldens]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from charonia import LLM, SamplingParams, StructuredOutputsParams
 from charonia.errors import CharoniaError, InvalidRequestError, UnsupportedError
 from charonia.outputs import CompletionOutput
 from charonia.structured_params import MAX_REGEX_CHARS
+from charonia.worker import sampling
+from charonia.worker.batch import SampledRow
+from charonia.worker.rows import RequestRows
+from charonia.worker.sampler import sample
+from support.core_driver import CoreDriver
 
 PROMPT = "Once upon a time"
 SCHEMA = {
@@ -203,3 +209,45 @@ def test_without_a_tokenizer(tiny_dir: Path) -> None:
         pytest.raises(UnsupportedError, match="tokenizer"),
     ):
         llm.generate([[1, 2, 3]], params(LETTERS), use_tqdm=False)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_the_logits_of_plain_rows_beside_constrained_ones(
+    tiny_dir: Path, lookahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit those of the same batch without constraints, and so are the tokens."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+
+    def noting(logits: torch.Tensor, rows: RequestRows, sampled: list[SampledRow], *rest: Any) -> Any:
+        for i, item in enumerate(sampled):
+            seen[rows[item.row].seed, item.position] = logits[i].clone()
+        return sample(logits, rows, sampled, *rest)
+
+    monkeypatch.setattr(sampling, "sample", noting)
+    driver = CoreDriver(
+        tiny_dir, load_format="dummy", max_model_len=64, max_num_seqs=8, max_num_batched_tokens=16,
+        async_scheduling=lookahead,
+    )  # fmt: skip
+
+    def run_beside(form: dict[str, Any] | None) -> list[list[int]]:
+        """Tokens of the requests with even seeds, which are plain."""
+        seen.clear()
+        ids = []
+        for i in range(8):
+            asked = params(form if i % 2 else None, temperature=0.4 * (i % 3), ignore_eos=True)
+            ids.append(driver.add([3 + i] * (3 + i), 12, asked, seed=i, cache_salt=str(form)))
+        driver.drain()
+        assert all(len(driver.sequels[i].token_ids) == 12 for i in ids)
+        return [driver.sequels[i].token_ids for i in ids[::2]]
+
+    try:
+        # Once compiled, the grammar keeps nobody waiting.
+        driver.add([5], 1, params(LETTERS, max_tokens=1))
+        driver.drain()
+        tokens, logits = run_beside(None), dict(seen)
+        assert run_beside(LETTERS) == tokens
+    finally:
+        driver.core.shutdown()
+    assert logits.keys() == seen.keys() and len(logits) == 8 * 12
+    assert all(torch.equal(logits[place], seen[place]) for place in logits if place[0] % 2 == 0)
+    assert not all(torch.equal(logits[place], seen[place]) for place in logits)

@@ -108,6 +108,23 @@ def test_steps_that_the_host_has_a_part_in_end_with_hidden_states() -> None:
     assert len(keys) == 1, "whatever is drawn"
 
 
+@pytest.mark.parametrize(("seqs", "tokens"), LIMITS)
+def test_logits_are_computed_in_the_size_that_they_would_be_without_the_host(seqs: int, tokens: int) -> None:
+    sizes = GraphSizes(max_num_seqs=seqs, max_num_tokens=tokens, shares_prefix=True)
+    for entries in range(1, seqs + 1):
+        key = sizes.key_for(decodes(entries), SamplingMode.FULL, False)
+        plain = sizes.key_for(decodes(entries), SamplingMode.PLAIN, False)
+        if key is None or plain is None:
+            continue
+        drawn = sizes.entries_drawn(key, decodes(entries))
+        assert entries <= drawn == plain.num_entries
+        assert drawn <= key.num_entries, "of which the graph leaves hidden states"
+        layout = mixed(entries, min(tokens, entries + 5))
+        key = sizes.key_for(layout, SamplingMode.FULL, False)
+        if key is not None and layout.num_tokens > entries:
+            assert sizes.entries_drawn(key, layout) == key.num_entries
+
+
 @pytest.mark.parametrize(("seqs", "budget"), LIMITS)
 def test_keys_are_distinct_and_the_largest_comes_first(seqs: int, budget: int) -> None:
     keys = GraphSizes(max_num_seqs=seqs, max_num_tokens=budget, shares_prefix=True).keys()

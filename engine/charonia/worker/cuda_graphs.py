@@ -109,6 +109,14 @@ class GraphSizes:
             return None
         return GraphKey(min(_at_least(self._mixed_entries, entries), size), size)
 
+    def entries_drawn(self, key: GraphKey, layout: StepLayout) -> int:
+        """Entries of which logits are computed behind a graph that ends with hidden states: as many as without those
+        rows that the host has a part in, which are to change nothing for the others.
+        """
+        if layout.decodes_only:
+            return _at_least(self._decode_sizes, layout.num_entries)
+        return key.num_entries
+
     def keys(self) -> list[GraphKey]:
         """Every key, largest first."""
         found = {

@@ -42,8 +42,8 @@ def pays_to_share(layout: StepLayout) -> bool:
 class StartedStep:
     """A step of which everything but the drawing has been issued.
 
-    batch, last: what tokens are drawn from, the hidden states of each entry's last token [B, H]; None where a graph
-    has drawn them already.
+    batch, last: what tokens are drawn from, the hidden states of each entry's last token [B, H], and of padding behind
+    them; None where a graph has drawn them already.
     """
 
     step_id: int
@@ -170,7 +170,7 @@ class ModelRunner:
         return StartedStep(
             plan.step_id, layout, mode,
             batch=self._buffers.batch(entries, key.num_tokens if padded else layout.num_tokens),
-            last=self._last_hidden[:entries],
+            last=self._last_hidden[: graphs.sizes.entries_drawn(key, layout)],
             embeddings=self._pooler.pool(layout, self._last_hidden, None),
         )  # fmt: skip
 
@@ -262,12 +262,15 @@ class ModelRunner:
         layout: StepLayout | None,
         masks: TokenMasks | None,
     ) -> Draw:
-        """Draw from the hidden states of each entry's last token [B, H], and feed the tokens to the next step."""
+        """Draw from the hidden states of each entry's last token, and feed the tokens to the next step.
+
+        last: [B, H], or more, of which the rest is padding that logits are computed of.
+        """
         if layout is not None and self._outbox is None and not layout.samples.any():
             # A step of prompts alone: no row wants logits.
             draw = HostSampler.nothing(batch.num_entries)
             return self._append(draw, batch)
-        logits = self._model.compute_logits(last)
+        logits = self._model.compute_logits(last)[: batch.num_entries]
         if layout is not None and mode is SamplingMode.FULL:
             draw = self._sampler.draw_full(logits, batch, layout, masks)
         else:
