@@ -7,8 +7,10 @@ import openai
 import pydantic
 import pytest
 from charonia_client.gateway.output_formats import reasoning_parser_for, tool_parser_for
+from charonia_client.gateway.protocol import ChatTool
 from charonia_client.gateway.settings import GatewaySettings
-from charonia_client.gateway.tool_schema import required_tools_schema
+from charonia_client.gateway.tool_schema import named_tool_schema, required_tools_schema
+from llguidance import LLMatcher, LLTokenizer
 from support.gateway import running_gateway
 
 ASK = [{"role": "user", "content": "weather in Oslo"}]
@@ -22,6 +24,8 @@ WEATHER = {
 }
 TIME = {"type": "function", "function": {"name": "get_time"}}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+
+BYTES = LLTokenizer("byte")
 
 
 def says(text, size=3):
@@ -181,24 +185,66 @@ def test_a_function_that_is_not_there(client, fake):
         client.chat.completions.create(model="llm", messages=ASK, tools=[WEATHER], tool_choice=choice)
 
 
-def test_definitions_of_several_tools_keep_apart():
-    from charonia_client.gateway.protocol import ChatTool
+def accepts(schema, value) -> bool:
+    """Whether the engine's grammar for a schema takes a value."""
+    matcher = LLMatcher(BYTES, LLMatcher.grammar_from_json_schema(schema))
+    assert not matcher.is_error(), matcher.get_error()
+    text = json.dumps(value).encode()
+    return bool(matcher.try_consume_tokens(list(text)) == len(text) and matcher.is_accepting())
 
-    def tool(name, kind):
-        parameters = {
-            "type": "object",
-            "properties": {"a": {"$ref": "#/$defs/A"}},
-            "$defs": {"A": {"type": kind}, "B": {"items": {"$ref": "#/$defs/A"}}},
-        }
-        return ChatTool.model_validate(
-            {"type": "function", "function": {"name": name, "parameters": parameters}}
-        )
 
-    schema = required_tools_schema([tool("f", "string"), tool("g", "integer")], parallel=True)
-    assert schema["$defs"]["tool0.A"] == {"type": "string"}
-    assert schema["$defs"]["tool1.B"] == {"items": {"$ref": "#/$defs/tool1.A"}}
-    second = schema["items"]["anyOf"][1]["properties"]["parameters"]
-    assert second == {"type": "object", "properties": {"a": {"$ref": "#/$defs/tool1.A"}}}
+def chat_tool(name, parameters) -> ChatTool:
+    function = {"name": name, "parameters": parameters}
+    return ChatTool.model_validate({"type": "function", "function": function})
+
+
+NODE = {
+    "type": "object",
+    "properties": {
+        "value": {"$ref": "#/properties/size"},
+        "size": {"type": "integer"},
+        "next": {"$ref": "#"},
+    },
+    "additionalProperties": False,
+}
+
+
+def of_type(kind):
+    return {
+        "$id": f"https://tools.example/{kind}", "type": "object", "properties": {"a": {"$ref": "#/$defs/A"}},
+        "additionalProperties": False, "$defs": {"A": {"type": kind}, "B": {"items": {"$ref": "#/$defs/A"}}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "legal"),
+    [
+        ("f", {"a": "x"}, True),
+        ("f", {"a": 1}, False),
+        ("g", {"a": 1}, True),
+        ("g", {"a": "x"}, False),
+        ("node", {"value": 1, "next": {"size": 2, "next": {}}}, True),
+        ("node", {"value": "x"}, False),
+        ("node", {"next": {"next": 3}}, False),
+        ("untyped", {"b": True}, True),
+        ("untyped", "b", False),
+        ("bare", {}, True),
+        ("bare", 5, False),
+        ("other", {}, False),
+    ],
+)
+def test_required_calls_follow_the_schema_of_their_tool(name, arguments, legal):
+    tools = [
+        chat_tool("f", of_type("string")), chat_tool("g", of_type("integer")), chat_tool("node", NODE),
+        chat_tool("untyped", {"properties": {"b": {"type": "boolean"}}}), chat_tool("bare", None),
+    ]  # fmt: skip
+    call = {"name": name, "parameters": arguments}
+    schema = required_tools_schema(tools, parallel=True)
+    assert accepts(schema, [call]) == accepts(schema, [call, call]) == legal
+    single = required_tools_schema(tools, parallel=False)
+    assert (accepts(single, [call]), accepts(single, [call, call])) == (legal, False)
+    if name != "other":
+        assert accepts(named_tool_schema(tools, name), arguments) == legal
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -6,11 +6,8 @@ from typing import Any
 from charonia_client.gateway.errors import ApiError
 from charonia_client.gateway.protocol import ChatTool
 
-_NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
-_DEFINITIONS = ("$defs", "definitions")
 
-
-def named_tool_schema(tools: Sequence[ChatTool], name: str) -> Mapping[str, Any]:
+def named_tool_schema(tools: Sequence[ChatTool], name: str) -> dict[str, Any]:
     """The schema of one function's arguments. Raises `ApiError` where no tool has that name."""
     for tool in tools:
         if tool.function.name == name:
@@ -25,60 +22,50 @@ def required_tools_schema(tools: Sequence[ChatTool], *, parallel: bool) -> dict[
     """
     if not tools:
         raise ApiError("tool_choice 'required' needs tools", param="tools")
-    definitions: dict[str, Any] = {}
-    calls = [_call_schema(tool, f"tool{i}.", definitions) for i, tool in enumerate(tools)]
+    calls = [_call_schema(tool, f"#/$defs/tool{i}") for i, tool in enumerate(tools)]
+    try:
+        definitions = {
+            f"tool{i}": _moved(_parameters(tool), f"#/$defs/tool{i}") for i, tool in enumerate(tools)
+        }
+    except RecursionError:
+        raise ApiError("the parameters of a tool are nested too deeply", param="tools") from None
     schema: dict[str, Any] = {
         "type": "array",
         "minItems": 1,
         "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
+        "$defs": definitions,
     }
     if not parallel:
         schema["maxItems"] = 1
-    if definitions:
-        schema["$defs"] = definitions
     return schema
 
 
-def _call_schema(tool: ChatTool, prefix: str, definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of calls of one tool; what it defines goes to the root, where references can find it."""
-    parameters = _parameters(tool)
-    try:
-        for keyword in _DEFINITIONS:
-            defined = parameters.get(keyword)
-            if isinstance(defined, Mapping):
-                definitions.update(
-                    {prefix + name: _rewritten(value, prefix) for name, value in defined.items()}
-                )
-        own = {key: value for key, value in parameters.items() if key not in _DEFINITIONS}
-        arguments = _rewritten(own, prefix)
-    except RecursionError:
-        raise ApiError("the parameters of a tool are nested too deeply", param="tools") from None
+def _call_schema(tool: ChatTool, place: str) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"name": {"const": tool.function.name}, "parameters": arguments},
+        "properties": {"name": {"const": tool.function.name}, "parameters": {"$ref": place}},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
 
 
-def _parameters(tool: ChatTool) -> Mapping[str, Any]:
-    return tool.function.parameters or _NO_PARAMETERS
+def _parameters(tool: ChatTool) -> dict[str, Any]:
+    """Arguments are an object, whether the schema says so or not; without any schema, they are none.
+
+    An ``$id`` would make of the schema a document of its own within the larger one, with other references.
+    """
+    given = tool.function.parameters or {"properties": {}}
+    return {"type": "object", **{key: value for key, value in given.items() if key != "$id"}}
 
 
-def _rewritten(value: Any, prefix: str) -> Any:
-    """A copy whose references point to the definitions at the root."""
-    if isinstance(value, Mapping):
-        return {key: _reference(key, item, prefix) for key, item in value.items()}
+def _moved(value: Any, place: str) -> Any:
+    """A copy to stand at `place` of a larger schema, with references into itself that say so."""
     if isinstance(value, list):
-        return [_rewritten(item, prefix) for item in value]
-    return value
-
-
-def _reference(key: str, value: Any, prefix: str) -> Any:
-    if key == "$ref" and isinstance(value, str):
-        for keyword in _DEFINITIONS:
-            start = f"#/{keyword}/"
-            if value.startswith(start):
-                return f"#/$defs/{prefix}{value.removeprefix(start)}"
+        return [_moved(item, place) for item in value]
+    if not isinstance(value, Mapping):
         return value
-    return _rewritten(value, prefix)
+    copy = {key: _moved(item, place) for key, item in value.items()}
+    target = copy.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        copy["$ref"] = place + target[1:]
+    return copy
