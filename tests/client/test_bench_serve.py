@@ -164,11 +164,18 @@ async def test_a_refused_connection_is_an_error_of_its_request(scripted_http: An
     assert records.errors == ("connection lost: closed by the server", None)
 
 
-@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
-async def test_openai(scripted_http: Any, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "choice"),
+    [
+        ("openai", {"text": "a"}),
+        ("openai-chat", {"delta": {"content": "a"}}),
+        ("openai-chat", {"delta": {"reasoning_content": "a"}}),
+        ("openai-chat", {"delta": {"reasoning": "a"}}),
+    ],
+)
+async def test_openai(scripted_http: Any, backend: str, choice: dict[str, Any]) -> None:
     def script(number: int) -> Iterator[Any]:
         yield 200
-        choice = {"text": "a"} if backend == "openai" else {"delta": {"content": "a"}}
         for _ in range(3):
             yield f"data: {json.dumps({'choices': [choice]})}\n\n".encode()
         yield b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":4}}\n\ndata: [DONE]\n\n'

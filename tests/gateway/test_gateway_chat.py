@@ -120,6 +120,17 @@ def test_developers_and_parts(client, fake):
     assert fake.last.chat["messages"] == [{"role": "system", "content": "be brief"}, messages[1]]
 
 
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_earlier_reasoning_reaches_the_template(client, fake, name):
+    turn = {"role": "assistant", "content": "Yes.", name: "hm"}
+    client.chat.completions.create(model="llm", messages=[*HELLO, turn, *HELLO])
+    assert fake.last.chat["messages"][1] == {
+        "role": "assistant",
+        "content": "Yes.",
+        "reasoning_content": "hm",
+    }
+
+
 @pytest.mark.parametrize(
     ("wanted", "constraint"),
     [

@@ -44,7 +44,9 @@ def streamed(chunks):
     for chunk in chunks:
         (choice,) = chunk.choices
         content += choice.delta.content or ""
-        reasoning += (choice.delta.model_extra or {}).get("reasoning_content") or ""
+        extra = choice.delta.model_extra or {}
+        assert extra.get("reasoning") == extra.get("reasoning_content")
+        reasoning += extra.get("reasoning") or ""
         for call in choice.delta.tool_calls or ():
             known = calls.setdefault(call.index, ["", ""])
             if call.id is not None:
@@ -257,6 +259,7 @@ def test_reasoning_is_apart(thinking, fake, stream):
         (choice,) = answer.choices
         content, reason = choice.message.content, choice.finish_reason
         reasoning = choice.message.reasoning_content
+        assert choice.message.reasoning == reasoning
     assert (content.strip(), reasoning.strip(), reason) == ("An answer.", "hm, so", "stop")
 
 

@@ -9,6 +9,7 @@ from charonia_client.gateway.chat import ChatPlan
 from charonia_client.gateway.generation import Generation, PositionLogprobs, SequenceDelta, TokenCounts
 from charonia_client.gateway.logprobs import chat_logprobs
 from charonia_client.gateway.parsers import ToolCallDelta
+from charonia_client.gateway.protocol import reasoning_members
 from charonia_client.gateway.triton_model import TritonModel
 
 
@@ -57,7 +58,7 @@ def _message(plan: ChatPlan, text: str) -> tuple[dict[str, Any], bool]:
     message["content"] = "".join(piece.content for piece in pieces) or None
     reasoning = "".join(piece.reasoning for piece in pieces)
     if reasoning and plan.request.include_reasoning is not False:
-        message["reasoning_content"] = reasoning
+        message |= reasoning_members(reasoning)
     calls = _joined([call for piece in pieces for call in piece.tool_calls])
     if calls:
         message["tool_calls"] = calls

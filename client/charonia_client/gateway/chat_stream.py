@@ -11,6 +11,7 @@ from charonia_client.gateway.chunks import ChunkWriter
 from charonia_client.gateway.generation import Generation, PositionLogprobs, SequenceDelta
 from charonia_client.gateway.logprobs import chat_logprobs
 from charonia_client.gateway.parsers import ParsedDelta, ToolCallDelta
+from charonia_client.gateway.protocol import reasoning_members
 from charonia_client.gateway.sse import DONE
 from charonia_client.gateway.triton_model import TritonModel
 
@@ -93,7 +94,7 @@ class _Choice:
     def _bodies(self, parsed: ParsedDelta) -> list[bytes]:
         members: dict[str, Any] = {}
         if parsed.reasoning and self._with_reasoning:
-            members["reasoning_content"] = parsed.reasoning
+            members |= reasoning_members(parsed.reasoning)
         if parsed.content:
             members["content"] = parsed.content
         if parsed.tool_calls:

@@ -1,6 +1,12 @@
 """Bodies of the requests, as the OpenAI API and vLLM define them. Fields that nobody knows are ignored."""
 
-from charonia_client.gateway.protocol.chat import ChatRequest, ChatTool, NamedToolChoice, message_values
+from charonia_client.gateway.protocol.chat import (
+    ChatRequest,
+    ChatTool,
+    NamedToolChoice,
+    message_values,
+    reasoning_members,
+)
 from charonia_client.gateway.protocol.completions import CompletionRequest
 from charonia_client.gateway.protocol.embeddings import EmbeddingRequest
 from charonia_client.gateway.protocol.sampling import MAX_N, SamplingFields
@@ -17,4 +23,5 @@ __all__ = [
     "SamplingFields",
     "TokenizeRequest",
     "message_values",
+    "reasoning_members",
 ]

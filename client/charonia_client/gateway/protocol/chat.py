@@ -110,9 +110,19 @@ class ChatRequest(SamplingFields):
 
 
 def message_values(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """The messages as plain JSON values. The role "developer" is the OpenAI API's newer name of "system"."""
+    """The messages as plain JSON values, as chat templates know them.
+
+    The role "developer" is the OpenAI API's newer name of "system"; "reasoning" is vLLM's of "reasoning_content".
+    """
     values = [message.model_dump(exclude_unset=True) for message in messages]
     for value in values:
         if value["role"] == "developer":
             value["role"] = "system"
+        if "reasoning" in value:
+            value.setdefault("reasoning_content", value.pop("reasoning"))
     return values
+
+
+def reasoning_members(reasoning: str) -> dict[str, str]:
+    """The members of a message that tell its reasoning, by DeepSeek's name and by vLLM's."""
+    return {"reasoning_content": reasoning, "reasoning": reasoning}

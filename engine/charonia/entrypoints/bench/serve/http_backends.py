@@ -151,6 +151,7 @@ def _triton_body(target: Target, request: BenchRequest, request_id: str) -> dict
 class _Delta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[msgspec.Raw] | None = None
 
 
@@ -161,7 +162,8 @@ class _Choice(msgspec.Struct):
     @property
     def has_tokens(self) -> bool:
         delta = self.delta
-        return bool(self.text or delta.content or delta.reasoning_content or delta.tool_calls)
+        reasoning = delta.reasoning_content or delta.reasoning
+        return bool(self.text or delta.content or reasoning or delta.tool_calls)
 
 
 class _Usage(msgspec.Struct):
