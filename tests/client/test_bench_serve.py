@@ -1,6 +1,7 @@
 """`charonia bench serve` over the wire: a real Triton server with the fake model, and scripted servers."""
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -59,17 +60,17 @@ async def generate(
 
 
 def answer_in_turns(answers: Any, width: int) -> Any:
-    """A script that takes `width` requests and answers them token by token in turns, in a message each."""
+    """A script that takes `width` requests and answers them token by token in turns, in a message each; then each as it
+    comes: which call the later ones come on is a matter of chance.
+    """
 
     def script(number: int, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        group: list[Any] = []
-        for request in requests:
-            group.append(request)
-            if len(group) == width:
-                for text in ("a", "b", "c"):
-                    for each in group:
-                        yield answers.content(each, text, final=text == "c")
-                group = []
+        group = list(itertools.islice(requests, width))
+        while group:
+            for text in ("a", "b", "c"):
+                for each in group:
+                    yield answers.content(each, text, final=text == "c")
+            group = list(itertools.islice(requests, 1))
 
     return script
 
