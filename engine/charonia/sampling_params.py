@@ -133,8 +133,9 @@ def _cast(key: str, value: Any, kind: Any) -> Any:
     try:
         return msgspec.convert(value, kind, strict=False)
     except (msgspec.ValidationError, OverflowError, UnicodeEncodeError):
-        shown = repr(given)[:80]
-        raise InvalidRequestError(f"sampling parameter {key!r} must be {_NAMES[kind]}, got {shown}") from None
+        raise InvalidRequestError(
+            f"sampling parameter {key!r} must be {_NAMES[kind]}, got {_shown(given, repr)}"
+        ) from None
 
 
 def _decode_json_container(text: str, kind: Any) -> Any:
@@ -161,7 +162,17 @@ _NAMES: dict[Any, str] = {
 
 def _require(ok: bool, name: str, expectation: str, value: object) -> None:
     if not ok:
-        raise InvalidRequestError(f"sampling parameter {name!r} must be {expectation}, got {str(value)[:80]}")
+        raise InvalidRequestError(
+            f"sampling parameter {name!r} must be {expectation}, got {_shown(value, str)}"
+        )
+
+
+def _shown(value: object, write: Callable[[object], str]) -> str:
+    """The beginning of the value, written out."""
+    try:
+        return write(value)[:80]
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number that is too long to show"
 
 
 def _is_int(value: object) -> bool:
@@ -197,14 +208,15 @@ _RULES = {
     "temperature": _number(lambda v: 0.0 <= v <= 100.0, "from 0 to 100"),
     "top_p": _number(lambda v: 0.0 < v <= 1.0, "in (0, 1]"),
     "min_p": _number(lambda v: 0.0 <= v <= 1.0, "from 0 to 1"),
-    "repetition_penalty": _number(lambda v: 0.0 < v <= 100.0, "in (0, 100]"),
+    # Logits that are multiplied by it or divided stay far from what fp32 holds.
+    "repetition_penalty": _number(lambda v: 0.01 <= v <= 100.0, "from 0.01 to 100"),
     "presence_penalty": _PENALTY,
     "frequency_penalty": _PENALTY,
     "n": _integer(lambda v: 1 <= v <= MAX_N, f"from 1 to {MAX_N}"),
-    "top_k": _integer(lambda v: v >= -1, "0 or -1 (all tokens) or positive"),
-    "min_tokens": _integer(lambda v: v >= 0, "at least 0"),
+    "top_k": _integer(lambda v: -1 <= v < 2**31, "0 or -1 (all tokens) or positive, and less than 2**31"),
+    "min_tokens": _integer(lambda v: 0 <= v < 2**31, "at least 0 and less than 2**31"),
     "seed": _integer(lambda v: -(2**63) <= v < 2**63, "a 64-bit integer"),
-    "max_tokens": _integer(lambda v: 1 <= v < 2**31, "at least 1"),
+    "max_tokens": _integer(lambda v: 1 <= v < 2**31, "at least 1 and less than 2**31"),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
     "ignore_eos": _BOOLEAN,

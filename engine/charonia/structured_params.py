@@ -1,5 +1,6 @@
 """What a request may ask about the form of its output, with the names that users of vLLM know."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,8 @@ LEGACY_KEYS = {
 }
 """Keys of older vLLM releases that stood beside the sampling parameters, and what they are called now."""
 
+_STATING_KEYS = frozenset({NAME, "guided_decoding", *LEGACY_KEYS})
+
 
 def gather_structured(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with every older way to state the form of the output turned into `structured_outputs`.
@@ -101,6 +104,8 @@ def gather_structured(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises `InvalidRequestError` if it is stated twice.
     """
     plain = {key: value for key, value in values.items() if value is not None}
+    if _STATING_KEYS.isdisjoint(plain):
+        return plain
     legacy = {new: plain.pop(old) for old, new in LEGACY_KEYS.items() if old in plain}
     if isinstance(legacy.get("choice"), str):
         legacy["choice"] = _decode(legacy["choice"], "'guided_choice'")
@@ -168,8 +173,9 @@ def _schema_text(value: object) -> str:
     if _deeper_than(value, MAX_SCHEMA_DEPTH):
         raise _invalid(f"'json' is nested too deeply, at most {MAX_SCHEMA_DEPTH} levels are taken")
     try:
-        text = msgspec.json.encode(value).decode()
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text.encode()
+    except (TypeError, ValueError, RecursionError):
         raise _invalid("'json' must be a JSON schema: it holds what JSON does not") from None
     if len(text) > MAX_SCHEMA_CHARS:
         raise _invalid(f"'json' has {len(text)} characters; at most {MAX_SCHEMA_CHARS} are taken")

@@ -4,7 +4,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from charonia.request import Matcher
 from charonia.structured.compiler import GrammarCompiler
 from charonia.structured.grammar_cache import GrammarCache
 from charonia.structured.sandbox import Setup, judge
+from charonia.structured.sandboxes import Sandboxes
 from charonia.structured_params import StructuredOutputsParams
 from charonia.text import Tokenizer
 
@@ -189,8 +191,20 @@ def test_a_busy_machine_is_not_the_grammars_fault(
 
 
 def sandbox_processes(compiler: GrammarCompiler) -> list["subprocess.Popen[bytes]"]:
-    assert compiler._sandboxes is not None
-    return [sandbox._process for sandbox in compiler._sandboxes._all if sandbox._process is not None]
+    sandboxes = sandboxes_of(compiler)._all
+    return [sandbox._process for sandbox in sandboxes if sandbox._process is not None]
+
+
+def sandboxes_of(compiler: GrammarCompiler) -> Sandboxes:
+    assert compiler._sandboxes is not None, "there is a tokenizer"
+    return compiler._sandboxes
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_slow_grammar_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +215,7 @@ def test_a_slow_grammar_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> No
     (only,) = sandbox_processes(compiler)
     only.send_signal(signal.SIGSTOP)
     slow = compiler.compile(StructuredOutputsParams(regex="slow"))
+    wait_until(lambda: len(sandboxes_of(compiler)._idle) == THREADS - 1)
     for i in range(2, 6):
         assert matcher(compiler, regex=f"quick{i}").error is None
     assert not slow.done()

@@ -98,3 +98,9 @@ def test_a_false_start_is_released_at_once() -> None:
 
 def test_without_stop_strings_everything_passes() -> None:
     assert StopChecker([]).push("anything") == "anything"
+
+
+def test_sequences_share_what_is_known_of_their_stop_strings() -> None:
+    """It takes longer than anything else about a sequence, and a request may have 128 of them."""
+    first, second = StopChecker(["ab" * 500]), StopChecker(["".join(["ab"] * 500)])
+    assert first._failures[0] is second._failures[0]

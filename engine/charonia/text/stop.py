@@ -1,6 +1,7 @@
 """Stop strings across token boundaries, holding back no more text than could still become one."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,12 @@ class StopChecker:
         return StopMatch(text, stop)
 
 
-def _failure_function(text: str) -> list[int]:
-    """For every prefix of `text`, the length of its longest proper prefix that is also its suffix."""
+@lru_cache(maxsize=256)
+def _failure_function(text: str) -> tuple[int, ...]:
+    """For every prefix of `text`, the length of its longest proper prefix that is also its suffix.
+
+    Remembered, as all sequences of a request have the same stop strings.
+    """
     failure = [0] * len(text)
     length = 0
     for i in range(1, len(text)):
@@ -88,4 +93,4 @@ def _failure_function(text: str) -> list[int]:
         if text[i] == text[length]:
             length += 1
         failure[i] = length
-    return failure
+    return tuple(failure)
