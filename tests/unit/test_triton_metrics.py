@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 import pytest
 from charonia.core.stats import EngineStats
@@ -314,3 +316,33 @@ def test_the_lock_goes_to_one_holder_at_a_time(tmp_path: Path) -> None:
     second.release()
     assert first.acquire() and first.read() == b"short"
     first.release()
+
+
+class HeldMetric:
+    """A series that the stub must not hold any more when its interpreter ends."""
+
+    alive: ClassVar[WeakSet["HeldMetric"]] = WeakSet()
+
+    def __init__(self, **_: object) -> None:
+        self.alive.add(self)
+
+    def increment(self, value: float) -> None:
+        """Nobody looks at it."""
+
+    set = observe = increment
+
+
+class HeldFamily(HeldMetric):
+    COUNTER = GAUGE = HISTOGRAM = "kind"
+
+    def Metric(self, **_: object) -> HeldMetric:
+        return HeldMetric()
+
+
+def test_stopping_lets_go_of_every_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_pb, "MetricFamily", HeldFamily)
+    frontend = Frontend(tmp_path, vllm=100)
+    frontend.serve_one()
+    eventually(lambda: len(HeldMetric.alive) > 100)
+    frontend.exporter.stop()
+    assert not HeldMetric.alive

@@ -60,6 +60,14 @@ class MetricRegistry:
             self._get(name + "_count").increment(count)
             self._get(name + "_sum").increment(added.sum)
 
+    def close(self) -> None:
+        """Give the series back to the server, which drops those that no other instance shares.
+
+        A stub that still holds one when its interpreter ends dies of a segmentation fault (seen with release 24.10).
+        """
+        self._series.clear()
+        self._makers.clear()
+
     def _declare_buckets(self, family: Family) -> None:
         for name in family.exported_names:
             self._make_family("counter", name, family.help)
