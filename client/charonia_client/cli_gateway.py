@@ -1,6 +1,7 @@
 """The command ``charonia-client gateway``: its flags, and the settings they stand for."""
 
 import argparse
+import contextlib
 import importlib
 import re
 import sys
@@ -157,7 +158,9 @@ def _parser_name(name: str) -> str | None:
 
 
 def _say_ready(url: str) -> None:
-    print(f"OpenAI API at {url}/v1", flush=True)
+    # Where the output goes to a full disk, the API works all the same.
+    with contextlib.suppress(OSError):
+        print(f"OpenAI API at {url}/v1", flush=True)
 
 
 def _complain(text: str) -> None:

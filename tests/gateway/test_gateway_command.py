@@ -95,6 +95,27 @@ def test_a_stop_that_was_asked_for_is_no_failure(scripted, number) -> None:
         assert process.wait(20) == 0
 
 
+def test_a_full_disk_under_its_output_closes_no_api(scripted) -> None:
+    port = free_ports()[0]
+    arguments = ["gateway", f"--triton={scripted.url}", f"--port={port}", "--drain-timeout=0"]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "charonia_client", *arguments], stdout=full, stderr=full
+        )
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/version", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        assert eventually(answers, 30)
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -23,6 +23,7 @@ from charonia.entrypoints.processes import (
     remove_leftovers,
 )
 from charonia.entrypoints.server_log import ServerLog
+from charonia.entrypoints.spawn import spawn_tied
 from charonia.entrypoints.triton_binary import TritonBinary, find_server
 from support.launch import eventually, free_ports, is_running
 
@@ -205,6 +206,12 @@ class TestPorts:
         assert connect_host("10.1.2.3") == "10.1.2.3"
 
 
+@pytest.mark.parametrize("path", ["nowhere/log", "."])
+def test_a_log_that_cannot_be_written_is_told_as_such(tmp_path: Path, path: str) -> None:
+    with pytest.raises(LaunchError, match=r"^cannot write the log .*: (No such file|Is a directory)"):
+        spawn_tied([sys.executable, "-c", ""], os.environ, tmp_path / path)
+
+
 class TestServerLog:
     LOAD = (
         'E1122 18:54:57.782832 22770 server.cc:241] "CudaDriverHelper has not been initialized."\n'
@@ -234,6 +241,11 @@ class TestServerLog:
         with log.path.open("a") as file:
             file.write('E1122 18:55:08.427766 22942 main.cc:245] "failed to start GRPC service"\n')
         assert log.cause() == "failed to start GRPC service"
+
+    def test_what_is_no_file_is_not_read(self) -> None:
+        """A read of /dev/full never ends; one of a terminal waits for somebody to type."""
+        log = ServerLog(Path("/dev/full"))
+        assert log.text() == log.new_text() == log.tail() == "" and log.cause() is None
 
     def test_new_text_is_whole_lines_once(self, tmp_path: Path) -> None:
         log = ServerLog(tmp_path / "log")

@@ -14,15 +14,20 @@ _TRACE_START = "\n\nAt:\n"  # pybind11 puts the Python traceback after this
 
 
 class ServerLog:
-    """The part of a log file that one run of the server writes: from its end at construction on."""
+    """The part of a log file that one run of the server writes: from its end at construction on.
+
+    What is no regular file, such as a terminal or a pipe, is written to and never read: its text is empty.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._start = path.stat().st_size if path.exists() else 0
+        self._start = path.stat().st_size if path.is_file() else 0
         self._read = self._start
 
     def text(self, last_bytes: int = 1 << 20) -> str:
         """What this run has written, at most the last so many bytes; empty where there is no file."""
+        if not self.path.is_file():
+            return ""
         try:
             with self.path.open("rb") as file:
                 end = file.seek(0, 2)
@@ -33,6 +38,8 @@ class ServerLog:
 
     def new_text(self) -> str:
         """What was written since the last call, whole lines only."""
+        if not self.path.is_file():
+            return ""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)

@@ -20,12 +20,16 @@ def spawn_tied(
     Its output is appended to `log_path`. For the kernel a child's parent dies with the *thread* that started it. So a
     thread of its own does that, and lives exactly as long as the child. Raises `LaunchError`.
     """
+    try:
+        log = log_path.open("ab")
+    except OSError as error:
+        raise LaunchError(f"cannot write the log {log_path}: {error.strerror}") from None
     started: Future[subprocess.Popen[bytes]] = Future()
     helper = [sys.executable, "-I", "-S", str(exec_child.__file__), str(os.getpid())]
 
     def keep() -> None:
         try:
-            with log_path.open("ab") as log:
+            with log:
                 process = subprocess.Popen(
                     [*helper, *command],
                     env=environment,
