@@ -1,7 +1,8 @@
 """What a generation yields: frozen, typed, the same over every protocol."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Self, TypeVar
 
 _T = TypeVar("_T")
@@ -38,16 +39,18 @@ class SequenceOutput:
     num_output_tokens: int | None = None
     stop_reason: int | str | None = None
 
-    def extended(self, delta: "SequenceOutput") -> "SequenceOutput":
-        """This output followed by the next delta of the same sequence."""
-        return SequenceOutput(
-            text=self.text + delta.text,
-            finish_reason=delta.finish_reason or self.finish_reason,
-            token_ids=_joined(self.token_ids, delta.token_ids),
-            logprobs=_joined(self.logprobs, delta.logprobs),
-            cumulative_logprob=_latest(self.cumulative_logprob, delta.cumulative_logprob),
-            num_output_tokens=_summed(self.num_output_tokens, delta.num_output_tokens),
-            stop_reason=self.stop_reason if delta.stop_reason is None else delta.stop_reason,
+    @classmethod
+    def from_deltas(cls, deltas: Sequence[Self]) -> Self:
+        """Join the deltas of one sequence, in order."""
+        stop_reasons = [delta.stop_reason for delta in deltas if delta.stop_reason is not None]
+        return cls(
+            text="".join(delta.text for delta in deltas),
+            finish_reason=_last(delta.finish_reason for delta in deltas),
+            token_ids=_joined([delta.token_ids for delta in deltas]),
+            logprobs=_joined([delta.logprobs for delta in deltas]),
+            cumulative_logprob=_last(delta.cumulative_logprob for delta in deltas),
+            num_output_tokens=_summed([delta.num_output_tokens for delta in deltas]),
+            stop_reason=stop_reasons[-1] if stop_reasons else None,
         )
 
 
@@ -130,44 +133,41 @@ class GenerateResult(Output):
     @classmethod
     def from_chunks(cls, chunks: Iterable[StreamChunk]) -> Self:
         """Join the chunks of one stream, in order. Raises ValueError if there are none."""
-        joined: Output | None = None
-        for chunk in chunks:
-            joined = chunk if joined is None else _followed_by(joined, chunk)
-        if joined is None:
+        parts = list(chunks)
+        if not parts:
             raise ValueError("no chunks to join")
+        by_sequence = zip(*(chunk.sequences for chunk in parts), strict=True)
         return cls(
-            request_id=joined.request_id,
-            model=joined.model,
-            model_version=joined.model_version,
-            sequences=joined.sequences,
-            usage=joined.usage,
-            timings=joined.timings,
-            prompt_logprobs=joined.prompt_logprobs,
+            request_id=parts[0].request_id,
+            model=parts[0].model,
+            model_version=parts[0].model_version,
+            sequences=tuple(SequenceOutput.from_deltas(deltas) for deltas in by_sequence),
+            usage=_total([chunk.usage for chunk in parts]),
+            timings=_last(chunk.timings for chunk in parts),
+            prompt_logprobs=_last(chunk.prompt_logprobs for chunk in parts),
         )
 
 
-def _followed_by(output: Output, chunk: StreamChunk) -> Output:
-    usage = output.usage
-    if usage is not None and chunk.usage is not None:
-        usage = replace(usage, num_output_tokens=usage.num_output_tokens + chunk.usage.num_output_tokens)
-    return replace(
-        output,
-        sequences=tuple(
-            so_far.extended(delta) for so_far, delta in zip(output.sequences, chunk.sequences, strict=True)
-        ),
-        usage=usage,
-        timings=chunk.timings or output.timings,
-        prompt_logprobs=_latest(output.prompt_logprobs, chunk.prompt_logprobs),
+def _total(usages: Sequence[Usage | None]) -> Usage | None:
+    told = [usage for usage in usages if usage is not None]
+    return (
+        replace(told[0], num_output_tokens=sum(usage.num_output_tokens for usage in told)) if told else None
     )
 
 
-def _joined(first: tuple[_T, ...] | None, second: tuple[_T, ...] | None) -> tuple[_T, ...] | None:
-    return second if first is None else first if second is None else first + second
+def _last(values: Iterable[_T | None]) -> _T | None:
+    """The last value that is not None."""
+    last = None
+    for value in values:
+        last = last if value is None else value
+    return last
 
 
-def _summed(first: int | None, second: int | None) -> int | None:
-    return second if first is None else first if second is None else first + second
+def _joined(pieces: Sequence[tuple[_T, ...] | None]) -> tuple[_T, ...] | None:
+    told = [piece for piece in pieces if piece is not None]
+    return tuple(chain.from_iterable(told)) if told else None
 
 
-def _latest(first: _T | None, second: _T | None) -> _T | None:
-    return first if second is None else second
+def _summed(counts: Sequence[int | None]) -> int | None:
+    told = [count for count in counts if count is not None]
+    return sum(told) if told else None

@@ -1,6 +1,7 @@
 """From output tensors to results, and joining chunks."""
 
 import json
+import time
 
 import pytest
 from charonia_client import GenerateResult, InternalServerError, Logprob, StreamChunk, Timings, Usage
@@ -108,6 +109,30 @@ def test_chunks_join_to_the_result():
     assert result.cumulative_logprob == -1.5
     assert len(result.logprobs) == 3
     assert result.timings == Timings(total_s=1)
+
+
+def test_joining_many_chunks_takes_linear_time():
+    """Joined one after the other they take minutes."""
+    chunks = [chunk("word ", ids=(i,), logprobs=["[{}]"]) for i in range(100_000)]
+    before = time.process_time()
+    result = GenerateResult.from_chunks(chunks)
+    assert time.process_time() - before < 10
+    assert (len(result.text), len(result.token_ids), result.usage.num_output_tokens) == (
+        500_000,
+        100_000,
+        100_000,
+    )
+
+
+def test_chunks_of_several_sequences():
+    def pair(first, second):
+        return parse(StreamChunk, response(text_output=[first, second]), url="u")
+
+    result = GenerateResult.from_chunks([pair("a", "x"), pair("b", "")])
+    assert [sequence.text for sequence in result.sequences] == ["ab", "x"]
+    assert (result.token_ids, result.usage, result.finish_reason) == (None, None, None)
+    with pytest.raises(ValueError, match="shorter"):
+        GenerateResult.from_chunks([pair("a", "x"), chunk("b")])
 
 
 def test_a_sequence_that_ended_keeps_its_reason():

@@ -1,15 +1,18 @@
 """Tool calls, reasoning and parsed answers through the official client."""
 
 import json
+import pickle
 from collections.abc import Iterator
 
 import openai
 import pydantic
 import pytest
+from charonia_client.gateway.context import RequestContext
 from charonia_client.gateway.output_formats import reasoning_parser_for, tool_parser_for
 from charonia_client.gateway.protocol import ChatTool
 from charonia_client.gateway.settings import GatewaySettings
 from charonia_client.gateway.tool_schema import named_tool_schema, required_tools_schema
+from charonia_client.gateway.triton_model import TritonModel
 from llguidance import LLMatcher, LLTokenizer
 from support.gateway import running_gateway
 
@@ -270,6 +273,16 @@ def test_reasoning_that_the_prompt_opens(thinking, fake):
     answer = thinking.chat.completions.create(model="llm", messages=ASK, extra_body=kwargs, max_tokens=999)
     assert (answer.choices[0].message.content, answer.choices[0].message.reasoning_content) == ("Yes.", "hm")
     assert fake.utilities[-1]["tokenize"]["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+async def test_how_a_prompt_ends_is_asked_once_for_each_setting_and_kept_small(scripted, fake):
+    model = TritonModel(scripted.url, "llm")
+    context = RequestContext("r")
+    for length in (10, 1_000_000, 10, 1_000_000):
+        assert await model.prompt_end({"a": "x" * length}, context) == fake.prompt_end
+    await model.aclose()
+    assert len(fake.utilities) == 2
+    assert len(pickle.dumps(model._prompt_ends)) < 1000
 
 
 def test_a_grammar_leaves_no_room_for_reasoning(thinking, fake):

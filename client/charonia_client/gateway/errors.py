@@ -133,14 +133,31 @@ def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if request.method == "POST" and "json" not in request.headers.get("content-type", ""):
         return ApiError("the body must be JSON: send it with 'Content-Type: application/json'").response()
-    return validation_error(error.errors()).response()
+    return _validation_error(error.errors(), error.body).response()
 
 
-def validation_error(faults: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first fault that pydantic found, naming its field."""
-    fault = faults[0] if faults else {"msg": "invalid", "loc": ()}
-    location = [str(part) for part in fault["loc"] if part not in ("body", "query", "path")]
-    # pydantic puts the tag of the union member that it tried into the location.
-    field = ".".join(part for part in location if "[" not in part)[:200]
+def _validation_error(faults: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """The fault that tells most about the first wrong field: where a field may have several types, pydantic tells
+    what is wrong with the value as any of them.
+    """
+    first = [fault for fault in faults if fault["loc"][:2] == faults[0]["loc"][:2]]
+    fault = max(
+        first, key=lambda fault: (len(fault["loc"]), not fault["type"].endswith(("_type", "_parsing")))
+    )
+    field = ".".join(_path(fault, body))[:200]
     message = str(fault["msg"]).removeprefix("Value error, ")
     return ApiError(f"{field}: {message}" if field else message, param=field or None)
+
+
+def _path(fault: Mapping[str, Any], body: Any) -> list[str]:
+    """The keys that lead to a fault in the body. Its location has names of types among them."""
+    path: list[str] = []
+    for part in fault["loc"][1:]:
+        inside = (
+            part in body if isinstance(body, Mapping) else isinstance(body, list) and isinstance(part, int)
+        )
+        if inside:
+            body = body[part]
+        if inside or (fault["type"] == "missing" and part == fault["loc"][-1]):
+            path.append(str(part))
+    return path

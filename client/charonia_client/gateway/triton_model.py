@@ -3,6 +3,7 @@
 # ruff: noqa: ASYNC109 (a time limit is part of a request to Triton)
 
 import asyncio
+import hashlib
 import json
 import time
 from collections import OrderedDict
@@ -64,7 +65,7 @@ class TritonModel:
         self._transport = GrpcTransport(endpoint, {}, _ONE_REQUEST_PER_CALL)
         self._info: ModelInfo | None = None
         self._info_until = 0.0
-        self._prompt_ends: OrderedDict[str, str] = OrderedDict()
+        self._prompt_ends: OrderedDict[bytes, str] = OrderedDict()
 
     async def aclose(self) -> None:
         """Cancel what is in flight and free the connection."""
@@ -160,7 +161,8 @@ class TritonModel:
 
     async def prompt_end(self, template_kwargs: Mapping[str, Any], context: RequestContext) -> str:
         """How the chat template opens an answer: the last characters of any prompt for these settings."""
-        key = to_json(template_kwargs, "chat_template_kwargs")
+        # A digest: what clients send may be long.
+        key = hashlib.sha256(to_json(template_kwargs, "chat_template_kwargs").encode()).digest()
         known = self._prompt_ends.get(key)
         if known is not None:
             self._prompt_ends.move_to_end(key)

@@ -10,12 +10,13 @@ from charonia_client.gateway.protocol.sampling import MAX_LOGPROBS, SamplingFiel
 MAX_PROMPTS = 1024
 MAX_PROMPT_TOKENS = 1 << 21
 
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+# Long lists are left at their first fault: a list of as many faults would hold up all requests for seconds.
+Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 Prompts = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 )
 DEFAULT_MAX_TOKENS = 16
 

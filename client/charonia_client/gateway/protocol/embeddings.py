@@ -11,9 +11,9 @@ MAX_DIMENSIONS = 1 << 16
 
 Inputs = (
     str
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
     | Tokens
-    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS)]
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 )
 
 

@@ -15,6 +15,7 @@ MAX_N = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_IDS = 1 << 19
+MAX_BIASES = 1024
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -73,7 +74,7 @@ class SamplingFields(BaseModel):
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Any] | None = Field(None, max_length=MAX_BIASES)
     response_format: ResponseFormat | None = None
     user: str | None = None
 
@@ -87,7 +88,7 @@ class SamplingFields(BaseModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    allowed_token_ids: list[TokenId] | None = Field(None, max_length=MAX_IDS)
+    allowed_token_ids: list[TokenId] | None = Field(None, max_length=MAX_IDS, fail_fast=True)
     priority: Int64 | None = None
     cache_salt: str | None = Field(None, max_length=256)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)

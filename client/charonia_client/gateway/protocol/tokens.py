@@ -38,4 +38,4 @@ class DetokenizeRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     model: str | None = Field(None, max_length=1024)
-    tokens: list[TokenId] = Field(max_length=MAX_PROMPT_TOKENS)
+    tokens: list[TokenId] = Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)
