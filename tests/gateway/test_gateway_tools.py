@@ -279,7 +279,7 @@ async def test_how_a_prompt_ends_is_asked_once_for_each_setting_and_kept_small(s
     model = TritonModel(scripted.url, "llm")
     context = RequestContext("r")
     for length in (10, 1_000_000, 10, 1_000_000):
-        assert await model.prompt_end({"a": "x" * length}, context) == fake.prompt_end
+        assert (await model.prompt_end({"a": "x" * length}, context)).endswith(fake.prompt_end)
     await model.aclose()
     assert len(fake.utilities) == 2
     assert len(pickle.dumps(model._prompt_ends)) < 1000
