@@ -83,6 +83,8 @@ def test_requests_of_a_dead_worker_are_not_in_flight(scripted, fake) -> None:
                 list(lines)
         assert eventually(lambda: not {*workers} & {*child_processes(process.pid)}, 10)
         assert eventually(lambda: in_flight() == 1, 10)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
