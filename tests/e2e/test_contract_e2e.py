@@ -99,6 +99,8 @@ def test_wrong_parameters(narrow: Served, stub: Any, params: str) -> None:
         (text_message("x", {"lora_name": "a"}), "UNIMPLEMENTED", "'lora_name' is not supported"),
         (text_message("x", {"guided_decoding": {"json": 5}}), "INVALID_ARGUMENT", "'json' must be a JSON schema"),
         (text_message("x", {"structured_outputs": {"regex": "(a"}}), "INVALID_ARGUMENT", "cannot be compiled"),
+        # A seven is all that may come, and never two of them: the engine finds out in the middle.
+        (text_message("x", {"allowed_token_ids": [39], "bad_words": ["77"]}), "INVALID_ARGUMENT", "leaves none"),
         (
             message({"text_input": string("x"), "stream": boolean(True), "exclude_input_in_output": boolean(False)}),
             "INVALID_ARGUMENT",
