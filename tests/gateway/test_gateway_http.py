@@ -12,7 +12,7 @@ from charonia_client.gateway.settings import GatewaySettings
 from charonia_client.gateway.tracing import GatewayTracer
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
-from support.fake_triton import echo
+from support.fake_triton import ModelError, echo
 from support.gateway import running_gateway
 from support.launch import eventually
 
@@ -196,6 +196,33 @@ def test_request_ids(http, fake):
         own = http.get("/version", headers={"x-request-id": unusable.encode()}).headers["x-request-id"]
         assert own != unusable
         assert len(own) == 32
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_is_found_in_the_log_by_its_id(http, fake, caplog, stream):
+    def fail(request):
+        yield "one"
+        yield " two"
+        raise ModelError("[INTERNAL] internal error; the server's log has the details")
+
+    fake.script = fail
+    answer = http.post(
+        "/v1/chat/completions", json={**CHAT, "stream": stream}, headers={"x-request-id": "mine-2"}
+    )
+    assert "internal error" in answer.text
+    assert [r for r in caplog.records if "mine-2" in r.getMessage() and "internal error" in r.getMessage()]
+
+
+def test_a_fault_of_the_gateway(http, fake, caplog, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr("charonia_client.gateway.routes.models._card", fail)
+    answer = http.get("/v1/models", headers={"x-request-id": "mine-3"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine-3")
+    assert answer.json()["error"]["type"] == "internal_error" and "secret" not in answer.text
+    (record,) = [r for r in caplog.records if "mine-3" in r.getMessage()]
+    assert record.exc_info is not None and "a secret" in str(record.exc_info[1])
 
 
 def test_the_trace_goes_on(http, fake):

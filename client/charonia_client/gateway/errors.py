@@ -22,6 +22,7 @@ from charonia_client.errors import (
     ServerUnavailableError,
     UnsupportedError,
 )
+from charonia_client.gateway.context import context_of
 
 logger = logging.getLogger("charonia.gateway")
 
@@ -106,17 +107,17 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Have every error of `app` answered in the OpenAI form."""
+    """Have every error of `app` that is expected answered in the OpenAI form."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    for kind in (ApiError, ClientDisconnectedError, CharoniaClientError, Exception):
+    for kind in (ApiError, ClientDisconnectedError, CharoniaClientError):
         app.add_exception_handler(kind, _on_error)
 
 
 def _on_error(request: Request, error: Exception) -> Response:
     answer = as_api_error(error)
     if answer.status == 500:
-        logger.error("%s %s: %r", request.method, request.url.path, error)
+        logger.error("request %s: %r", context_of(request).request_id, error)
     return answer.response()
 
 

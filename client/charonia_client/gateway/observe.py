@@ -1,5 +1,6 @@
 """Request ids and the gateway's own metrics; the model's are on Triton's port."""
 
+import logging
 import time
 
 from fastapi import APIRouter, Response
@@ -9,6 +10,9 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from charonia_client.gateway.context import attach_context
+from charonia_client.gateway.errors import as_api_error
+
+logger = logging.getLogger("charonia.gateway")
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _NO_ROUTE = "unmatched"
@@ -59,7 +63,10 @@ class GatewayMetrics:
 
 
 class Observe:
-    """ASGI middleware that gives each request its context, answers with its id, and counts it."""
+    """ASGI middleware that gives each request its context, answers with its id, and counts it.
+
+    It answers what fails unexpectedly, too, so that there is an id to look for in the log.
+    """
 
     def __init__(self, app: ASGIApp, *, metrics: GatewayMetrics) -> None:
         self._app = app
@@ -86,6 +93,11 @@ class Observe:
         self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive, noting_send)
+        except Exception as error:
+            if first_byte is not None:
+                raise
+            logger.exception("request %s: %s %r", request_id.decode(), scope["method"], scope["path"])
+            await as_api_error(error).response()(scope, receive, noting_send)
         finally:
             self._metrics.in_flight.dec()
             route = _route(scope)

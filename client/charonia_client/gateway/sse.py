@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from charonia_client.gateway.context import context_in
 from charonia_client.gateway.errors import ClientDisconnectedError, as_api_error
 
 logger = logging.getLogger("charonia.gateway")
@@ -80,11 +81,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client leaves."""
         try:
-            await _race(scope, receive, self._send(send))
+            await _race(scope, receive, self._send(send, context_in(scope).request_id))
         except (ClientDisconnectedError, OSError):
             scope["charonia.disconnected"] = True
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, request_id: str) -> None:
         async with aclosing(self._events):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -96,6 +97,6 @@ class EventStream(Response):
             except Exception as error:
                 answer = as_api_error(error)
                 if answer.status == 500:
-                    logger.error("a stream ended with %r", error)
+                    logger.error("request %s: its stream ended with %r", request_id, error)
                 await send({"type": "http.response.body", "body": event(answer.body()), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
