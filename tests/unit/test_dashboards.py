@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,60 @@ def test_prometheus_finds_rules_and_servers() -> None:
     assert jobs["charonia"] == ["triton:8002"]
     for path in DOCKER.glob("grafana/provisioning/*/*.yaml"):
         assert yaml.safe_load(path.read_text())["apiVersion"] == 1
+
+
+BUSY = {
+    'charonia_requests_total{outcome="stop"}': "0+6x30",
+    'charonia_requests_total{outcome="error"}': "0+1x30",
+    'charonia_requests_refused_total{code="UNAVAILABLE"}': "0+1x30",
+    'charonia_preemptions_total{gpu="0"}': "0+2x30",
+    "charonia_requests_waiting": "1+1x30",
+    "charonia_kv_cache_usage_ratio": "0.97x30",
+    "charonia_engine_ready": "0x30",
+    'charonia_time_to_first_token_seconds_bucket{le="5"}': "0x30",
+    'charonia_time_to_first_token_seconds_bucket{le="10"}': "0+7x30",
+    'charonia_time_to_first_token_seconds_bucket{le="+Inf"}': "0+7x30",
+    "up": "0x30",
+}
+CALM = {
+    'charonia_requests_total{outcome="stop"}': "0+60x30",
+    'charonia_requests_total{outcome="error"}': "0+1x30",
+    'charonia_requests_total{outcome="cancelled"}': "0+60x30",
+    'charonia_requests_refused_total{code="INVALID_ARG"}': "0+60x30",
+    'charonia_preemptions_total{gpu="0"}': "0+1x30",
+    "charonia_requests_waiting": "9-1x9 0x20",
+    "charonia_kv_cache_usage_ratio": "0.9x30",
+    "charonia_engine_ready": "1x30",
+    'charonia_time_to_first_token_seconds_bucket{le="5"}': "0+61x30",
+    'charonia_time_to_first_token_seconds_bucket{le="+Inf"}': "0+61x30",
+    "up": "1x30",
+}
+"""Samples a minute, of a server about which all is wrong and of one that does its work."""
+
+
+@pytest.mark.parametrize(("samples", "all_fire"), [(BUSY, True), (CALM, False)], ids=["busy", "calm"])
+def test_alerts_fire_when_they_should(tmp_path: Path, samples: dict[str, str], all_fire: bool) -> None:
+    """By Prometheus's own evaluation of the rules."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian's package prometheus)")
+    place = {"job": "charonia", "instance": "triton:8002"}
+    labels = ", ".join(
+        f'{key}="{value}"' for key, value in (place | {"model": "llm", "version": "1"}).items()
+    )
+    series = [
+        {"series": f"{name.rstrip('}')}{', ' if '{' in name else '{'}{labels}}}", "values": values}
+        for name, values in samples.items()
+    ]
+    alerts = [rule["alert"] for group in RULES["groups"] for rule in group["rules"] if "alert" in rule]
+    query = 'count by (alertname) (ALERTS{alertstate="firing"})'
+    fired = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in alerts if all_fire]
+    unit = {
+        "interval": "1m",
+        "input_series": series,
+        "promql_expr_test": [{"expr": query, "eval_time": "25m", "exp_samples": fired}],
+    }
+    file = tmp_path / "alerts.yml"
+    file.write_text(json.dumps({"rule_files": [str(DOCKER / "prometheus/rules.yml")], "tests": [unit]}))
+    done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
