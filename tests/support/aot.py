@@ -18,6 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from support.shared_memory import buffers, shared_barriers
+
 TESTS = Path(__file__).resolve().parent.parent
 MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 """Shared memory that one program may take, by architecture."""
@@ -54,7 +56,7 @@ class AotReport:
     """What a case takes, or the error that it ends in.
 
     kernel: its module and name. registers: per thread. local_bytes: stack and spills per thread. shared_bytes: per
-    program.
+    program. shared_barriers: what lies in the place of a barrier (of Gluon kernels).
     """
 
     op: str
@@ -64,6 +66,7 @@ class AotReport:
     registers: int = 0
     local_bytes: int = 0
     shared_bytes: int = 0
+    shared_barriers: tuple[str, ...] = ()
     error: str = ""
 
 
@@ -91,8 +94,11 @@ def cases_for(op: str, arch: int) -> list[AotCase]:
     return list({kernel_name(case): case for case in reversed(cases)}.values())
 
 
-def compile_case(case: AotCase, arch: int) -> tuple[int, int, int]:
-    """Compile down to machine code: registers, local bytes, shared bytes. Raises what Triton or ptxas raise."""
+def compile_case(case: AotCase, arch: int) -> tuple[int, int, int, tuple[str, ...]]:
+    """Compile down to machine code: registers, local bytes, shared bytes, shared barriers.
+
+    Raises what Triton or ptxas raise.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -107,9 +113,15 @@ def compile_case(case: AotCase, arch: int) -> tuple[int, int, int]:
     source_type = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = source_type(fn=case.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    shared: tuple[str, ...] = ()
+    if case.kernel.is_gluon():
+        found = buffers(compiled.asm["ttgir"], arch)
+        assert any(buffer.is_barrier for buffer in found), "no barrier found"
+        shared = tuple(shared_barriers(found))
     registers, local = _resources(compiled.asm["cubin"])
-    return registers, local, compiled.metadata.shared
+    return registers, local, compiled.metadata.shared, shared
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -330,11 +330,13 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
     key_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
     value_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
     silenced = gl.allocate_shared_memory(gl.int64, [1, 1], barriers)
     mbarrier.init(silenced.index(0), count=2)
-    for slot in gl.static_range(2):
-        mbarrier.init(turns.index(slot), count=1)
+    turns = silenced  # of no use without PING_PONG
+    if PING_PONG:
+        turns = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
+        for slot in gl.static_range(2):
+            mbarrier.init(turns.index(slot), count=1)
     for slot in gl.static_range(STAGES):
         mbarrier.init(key_full.index(slot), count=1)
         mbarrier.init(value_full.index(slot), count=1)

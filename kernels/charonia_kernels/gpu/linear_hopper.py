@@ -82,8 +82,10 @@ def hopper_kernel(  # type: ignore[no-untyped-def]
     w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], barriers)
     done = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], barriers)
     x_full = gl.allocate_shared_memory(gl.int64, [X_STAGES, 1], barriers)
-    warm = gl.allocate_shared_memory(gl.int64, [1, 1], barriers)
-    mbarrier.init(warm.index(0), count=1)
+    warm = x_full  # of no use without PDL
+    if USE_PDL:
+        warm = gl.allocate_shared_memory(gl.int64, [1, 1], barriers)
+        mbarrier.init(warm.index(0), count=1)
     for slot in gl.static_range(W_STAGES):
         mbarrier.init(w_full.index(slot), count=1)
         mbarrier.init(done.index(slot), count=1)

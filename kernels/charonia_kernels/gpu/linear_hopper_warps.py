@@ -53,7 +53,7 @@ def copy(  # type: ignore[no-untyped-def]
     w_full,  # barriers [STAGES, 1] of each ring
     x_full,
     done,  # [W_STAGES, 1], a step has been multiplied
-    warm,  # [1, 1]
+    warm,  # [1, 1] if USE_PDL
     first,
     N,
     column,

@@ -53,6 +53,7 @@ def test_kernels_fit_the_hardware(
         fits = report.shared_bytes <= MAX_SHARED_BYTES[arch] and report.local_bytes <= MAX_LOCAL_BYTES
         if report.error or not fits or not 0 < report.registers <= MAX_REGISTERS:
             misfits.append(line)
+        misfits += [f"{kernel} {report.name}: {both}" for both in report.shared_barriers]
     assert not misfits, "\n".join(misfits)
 
 
