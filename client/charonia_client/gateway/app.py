@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from charonia_client.gateway.auth import HEALTH_PATH, ApiKeyAuth
 from charonia_client.gateway.body_limit import BodyLimit
 from charonia_client.gateway.chat_page import chat_page_routes
-from charonia_client.gateway.errors import install_error_handlers
+from charonia_client.gateway.errors import ErrorBody, install_error_handlers
 from charonia_client.gateway.gateway_state import Gateway
 from charonia_client.gateway.observe import GatewayMetrics, Observe, metrics_routes
 from charonia_client.gateway.output_formats import check_parser_names
@@ -45,6 +45,7 @@ def create_app(settings: GatewaySettings, metrics_dir: str | None = None) -> Fas
         description="An OpenAI-compatible API for a model in Triton Inference Server.",
         docs_url=None,
         redoc_url=None,
+        responses={"default": {"model": ErrorBody, "description": "An error, in the form of the OpenAI API"}},
         lifespan=lifespan,
     )
     app.state.gateway = Gateway(settings, model)

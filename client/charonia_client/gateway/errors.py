@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from charonia_client.errors import (
@@ -54,6 +55,21 @@ _STATUS_BY_ERROR: tuple[tuple[type[CharoniaClientError], int], ...] = (
 )
 
 
+class ErrorDetail(BaseModel):
+    """What went wrong. type: its kind, such as "invalid_request_error". param: the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
 class ApiError(Exception):
     """An error as the client gets it. status: of HTTP. param: the field of the request that it is about."""
 
@@ -68,13 +84,13 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         """The JSON object ``{"error": {...}}``. ASCII, so that whatever a client sent can be quoted in it."""
-        error = {
-            "message": self.message[:_MAX_MESSAGE_CHARS],
-            "type": _TYPES.get(self.status, "internal_error"),
-            "param": self.param,
-            "code": self.code if self.code is not None else self.status,
-        }
-        return json.dumps({"error": error}).encode()
+        error = ErrorDetail(
+            message=self.message[:_MAX_MESSAGE_CHARS],
+            type=_TYPES.get(self.status, "internal_error"),
+            param=self.param,
+            code=self.code if self.code is not None else self.status,
+        )
+        return json.dumps({"error": error.model_dump()}).encode()
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         """The HTTP answer, with Retry-After where trying again makes sense."""
