@@ -77,6 +77,23 @@ def test_stream_joins_to_generate(client):
     assert (joined.text, joined.logprobs, joined.usage) == (whole.text, whole.logprobs, whole.usage)
 
 
+def test_prompt_logprobs_and_stop_reasons(client):
+    options = {"stop": ["END"], "prompt_logprobs": 0, "return_stop_reason": True}
+    whole = client.generate("a b END c", **options)
+    assert (whole.text, whole.finish_reason, whole.stop_reason) == ("a b", "stop", "END")
+    first, *others = whole.prompt_logprobs
+    assert first is None
+    assert [entry.decoded_token for position in others for entry in position.values()] == ["b", "END", "c"]
+    chunks = list(client.stream("a b END c", **options))
+    assert [chunk.stop_reason for chunk in chunks] == [None, "END"]
+    assert [chunk.prompt_logprobs is not None for chunk in chunks] == [True, False]
+    joined = GenerateResult.from_chunks(chunks)
+    assert (joined.text, joined.stop_reason) == (whole.text, whole.stop_reason)
+    assert joined.prompt_logprobs == whole.prompt_logprobs
+    short = client.generate("a b END c", max_tokens=1, stop=["END"], return_stop_reason=True)
+    assert (short.finish_reason, short.stop_reason, short.prompt_logprobs) == ("length", None, None)
+
+
 def test_chat_streams(client):
     assert (
         "".join(c.text for c in client.chat([{"role": "user", "content": "hi"}], stream=True)) == "user: hi"

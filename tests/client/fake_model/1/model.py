@@ -1,11 +1,9 @@
-"""A Triton model that speaks Charonia's serving contract without an engine: it echoes the words of its
-prompt.
+"""A Triton model that speaks Charonia's serving contract without an engine: it echoes the words of its prompt.
 
-Each word is one token. The request's sampling parameters carry, besides ``max_tokens`` and ``n``, a ``fake``
-object
-that scripts the behaviour: ``delay`` (seconds before each token), ``error`` (a Triton error code),
-``error_after`` (tokens sent before the error) and ``message``. The prompt ``?cancelled`` answers the prompts
-cancelled so far.
+Each word is one token; a word that is in the list ``stop`` ends the answer. The request's sampling parameters carry,
+besides ``max_tokens`` and ``n``, an object ``fake`` that scripts the behaviour: ``delay`` (seconds before each token),
+``error`` (a Triton error code), ``error_after`` (tokens sent before the error) and ``message``. The prompt
+``?cancelled`` answers the prompts cancelled so far.
 """
 
 import json
@@ -53,9 +51,11 @@ class TritonPythonModel:
         streaming = bool(inputs.get("stream", [False])[0])
         echo = not streaming and not inputs.get("exclude_input_in_output", [False])[0]
         prompt = self._prompt(inputs)
-        words = prompt.split()
-        words = words[: sampling.get("max_tokens", 16)]
-        reason = "stop" if len(words) == len(prompt.split()) else "length"
+        scored = prompt.split()
+        stop = next((word for word in scored if word in sampling.get("stop", ())), None)
+        wanted = scored if stop is None else scored[: scored.index(stop)]
+        words = wanted[: sampling.get("max_tokens", 16)]
+        reason, cause = ("stop", stop) if len(words) == len(wanted) else ("length", None)
         sent = []
         for index, word in enumerate(words):
             if fake.get("error") and index == fake.get("error_after", 0):
@@ -67,14 +67,15 @@ class TritonPythonModel:
             sent.append(word if index == 0 else " " + word)
             last = index == len(words) - 1
             if streaming:
+                end = (reason, cause) if last else (None, None)
                 response = self._response(
-                    inputs, sampling, sent[-1:], len(words), reason if last else None, False
+                    inputs, sampling, sent[-1:], len(words), end, "", None if index else scored
                 )
                 sender.send(response, FINAL if last else 0)
         if not streaming:
-            sender.send(
-                self._response(inputs, sampling, sent, len(words), reason, prompt if echo else ""), FINAL
-            )
+            echoed = prompt if echo else ""
+            response = self._response(inputs, sampling, sent, len(words), (reason, cause), echoed, scored)
+            sender.send(response, FINAL)
 
     def _prompt(self, inputs):
         if "input_ids" in inputs:
@@ -102,33 +103,30 @@ class TritonPythonModel:
             time.sleep(min(left, 0.01))
         return True
 
-    def _response(self, inputs, sampling, tokens, num_input_tokens, reason, echoed):
+    def _response(self, inputs, sampling, tokens, num_input_tokens, end, echoed, scored):
+        """end: finish reason and stop reason. scored: words of the prompt, in the first response only."""
         count = int(sampling.get("n", 1))
-        ids = [zlib.crc32(token.encode()) % 30000 for token in tokens]
-        logprobs = [
-            {str(token_id): {"logprob": -0.5, "rank": 1, "decoded_token": token}}
-            for token_id, token in zip(ids, tokens, strict=True)
-        ]
+        reason, cause = end
+        logprobs = positions(tokens) if "logprobs" in sampling else None
+        of_prompt = None
+        if scored is not None and "prompt_logprobs" in sampling:
+            of_prompt = [None, *positions(scored[1:])]
+        timings = {"queue_s": 0.001, "first_token_s": 0.01, "total_s": 0.02, "num_cached_tokens": 3}
         wanted = {
-            "finish_reason": lambda: strings([str(reason)] * count),
-            "cumulative_logprob": lambda: np.full(count, -0.5 * len(tokens), np.float32),
-            "logprobs": lambda: strings([json.dumps(logprobs if "logprobs" in sampling else None)] * count),
-            "num_input_tokens": lambda: np.array([num_input_tokens], np.uint32),
-            "num_output_tokens": lambda: np.full(count, len(tokens), np.uint32),
-            "token_ids": lambda: np.array(ids * count, np.int32),
-            "timings": lambda: strings(
-                [
-                    json.dumps(
-                        {"queue_s": 0.001, "first_token_s": 0.01, "total_s": 0.02, "num_cached_tokens": 3}
-                    )
-                ]
-            ),
+            "finish_reason": strings([str(reason)] * count),
+            "stop_reason": strings([json.dumps(cause)] * count),
+            "cumulative_logprob": np.full(count, -0.5 * len(tokens), np.float32),
+            "logprobs": strings([json.dumps(logprobs)] * count),
+            "prompt_logprobs": strings([json.dumps(of_prompt)]),
+            "num_input_tokens": np.array([num_input_tokens], np.uint32),
+            "num_output_tokens": np.full(count, len(tokens), np.uint32),
+            "token_ids": np.array([token_id(token) for token in tokens] * count, np.int32),
+            "timings": strings([json.dumps(timings)]),
         }
-        text = (echoed or "") + "".join(tokens)
-        tensors = [pb_utils.Tensor("text_output", strings([text] * count))]
-        for name, make in wanted.items():
+        tensors = [pb_utils.Tensor("text_output", strings([echoed + "".join(tokens)] * count))]
+        for name, value in wanted.items():
             if inputs.get("return_" + name, [False])[0]:
-                tensors.append(pb_utils.Tensor(name, make()))
+                tensors.append(pb_utils.Tensor(name, value))
         return pb_utils.InferenceResponse(tensors)
 
 
@@ -142,3 +140,12 @@ class ScriptedError(Exception):
 
 def strings(values):
     return np.array([value.encode() for value in values], dtype=np.object_)
+
+
+def token_id(token):
+    return zlib.crc32(token.encode()) % 30000
+
+
+def positions(tokens):
+    """Log-probabilities with one alternative a position: the token itself."""
+    return [{str(token_id(token)): {"logprob": -0.5, "rank": 1, "decoded_token": token}} for token in tokens]
