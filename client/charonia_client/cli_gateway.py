@@ -43,6 +43,13 @@ def add_gateway_command(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="format of reasoning: auto (by the chat template), none, deepseek_r1, qwen3, ...",
     )
+    group.add_argument(
+        "--generation-config",
+        choices=["auto", "vllm"],
+        default="auto",
+        help="what a request leaves open is sampled as the checkpoint's generation_config.json recommends (auto), "
+        "or with temperature 1 and no filters (vllm)",
+    )
     _add_server_flags(command.add_argument_group("server"))
 
 
@@ -128,6 +135,7 @@ def run_gateway_command(args: argparse.Namespace) -> int:
             open_chat_page=args.open_chat_page,
             prompt_tokens_details=args.enable_prompt_tokens_details,
             otlp_traces_endpoint=args.otlp_traces_endpoint,
+            recommended_sampling=args.generation_config == "auto",
         )
         listen = server.ListenSettings(
             host=args.host,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 from gateway.scripted_chat import ScriptedChat, serving
-from playwright.sync_api import Browser, Page, ViewportSize, expect
+from playwright.sync_api import Browser, Page, Route, ViewportSize, expect
 from support.browser import launched_browser
 from support.fake_triton import FakeRequest, FakeTriton, ModelError
 
@@ -207,6 +207,39 @@ def test_errors_are_shown(page: Page, asked: str, shown: str) -> None:
     answered(page, asked)
     expect(page.locator(".assistant").get_by_role("alert")).to_have_text(shown)
     expect(page.get_by_role("button", name="Send")).to_be_visible()
+
+
+def test_a_question_without_an_answer_is_no_turn(page: Page, chat: ScriptedChat) -> None:
+    """Two questions in a row are more than some chat templates take."""
+    answered(page, "hello")
+    answered(page, "refuse")
+    answered(page, "again")
+    assert [message["content"] for message in chat.bodies[-1]["messages"]] == [
+        "hello",
+        "You said: hello",
+        "again",
+    ]
+    answered(page, "busy")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".assistant").last.get_by_role("alert")).to_contain_text("The queue is full")
+    assert chat.bodies[-1]["messages"][-1] == {"role": "user", "content": "busy"}
+
+
+def test_enter_twice_while_the_models_are_asked_for(page: Page, chat: ScriptedChat) -> None:
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#notice")).to_be_visible()
+    held: list[Route] = []
+    page.unroute("**/v1/models")
+    page.route("**/v1/models", lambda route: held.append(route))
+    for number in (1, 2):
+        ask(page, "hello")
+        while len(held) < number:
+            page.wait_for_timeout(10)
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
+    assert (len(chat.bodies), page.locator("article").count()) == (1, 2)
 
 
 def test_a_server_that_cannot_be_reached(page: Page) -> None:

@@ -15,6 +15,7 @@ from charonia_client.gateway.parsers import (
     parse_required_tool_calls,
 )
 from charonia_client.gateway.protocol import ChatRequest
+from charonia_client.gateway.sampling_defaults import recommended_sampling
 from charonia_client.gateway.settings import GatewaySettings
 from charonia_client.gateway.tool_schema import named_tool_schema, required_tools_schema
 from charonia_client.gateway.triton_model import TritonModel, to_json
@@ -67,8 +68,10 @@ async def plan_chat(
     request: ChatRequest, settings: GatewaySettings, model: TritonModel, context: RequestContext
 ) -> ChatPlan:
     """Raises `ApiError` for what the request must not combine."""
-    parameters = request.sampling_parameters()
-    parameters["max_tokens"] = request.max_completion_tokens or request.max_tokens or UNLIMITED_TOKENS
+    given = request.sampling_parameters()
+    parameters = await recommended_sampling(settings, model, context) | given
+    limit = request.max_completion_tokens or request.max_tokens
+    parameters["max_tokens"] = limit or parameters.get("max_tokens", UNLIMITED_TOKENS)
     _add_logprobs(request, parameters)
     formats = await output_formats(settings, model, request, context)
     reading = _reading(request, formats, constrained="structured_outputs" in parameters)

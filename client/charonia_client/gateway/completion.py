@@ -17,6 +17,7 @@ from charonia_client.gateway.logprobs import CompletionLogprobs, trimmed
 from charonia_client.gateway.merge import MAX_CONCURRENT, merged
 from charonia_client.gateway.outputs import output_flags
 from charonia_client.gateway.protocol import CompletionRequest
+from charonia_client.gateway.sampling_defaults import recommended_sampling
 from charonia_client.gateway.settings import GatewaySettings
 from charonia_client.gateway.sse import DONE
 from charonia_client.gateway.triton_model import TritonModel, checked_text, to_json
@@ -39,7 +40,7 @@ async def plan_completion(
 ) -> list[PromptPlan]:
     """What to send for each prompt. Raises `ApiError`."""
     request.check()
-    parameters = _parameters(request)
+    parameters = _parameters(request, await recommended_sampling(settings, model, context))
     flags: dict[str, InputValue] = {
         "stream": request.streams,
         "exclude_input_in_output": True,
@@ -59,9 +60,10 @@ async def plan_completion(
     ]
 
 
-def _parameters(request: CompletionRequest) -> dict[str, Any]:
-    parameters = request.sampling_parameters()
-    parameters["max_tokens"] = UNLIMITED_TOKENS if request.max_tokens is None else request.max_tokens
+def _parameters(request: CompletionRequest, recommended: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"max_tokens": UNLIMITED_TOKENS} | recommended | request.sampling_parameters()
+    if request.max_tokens is not None:
+        parameters["max_tokens"] = request.max_tokens
     if request.logprobs is not None:
         parameters["logprobs"] = request.logprobs
         if request.echo:

@@ -22,7 +22,8 @@ class GatewaySettings:
     take; None is no limit. chat_page: serve the page at "/". open_chat_page: serve it without an API key (it
     holds no secret, and asks its user for the key). prompt_tokens_details: report cached tokens in the usage of
     streams too; the usage of whole answers always has them. otlp_traces_endpoint: an OpenTelemetry collector, such as
-    ``http://localhost:4318``, that gets a span of each request; None is no tracing.
+    ``http://localhost:4318``, that gets a span of each request; None is no tracing. recommended_sampling: what a
+    request leaves open is sampled as the checkpoint's generation_config.json recommends.
     """
 
     triton: str = "localhost:8001"
@@ -38,6 +39,7 @@ class GatewaySettings:
     open_chat_page: bool = False
     prompt_tokens_details: bool = False
     otlp_traces_endpoint: str | None = None
+    recommended_sampling: bool = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for values that would close the gateway to everybody, or open it."""

@@ -40,12 +40,16 @@ _PROBE = [{"role": "user", "content": "Hello"}]
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the model tells about itself. chat_template: its Jinja source; None where it has none."""
+    """What the model tells about itself.
+
+    chat_template: its Jinja source; None where it has none. recommended_sampling: sampling parameters by name.
+    """
 
     max_model_len: int | None
     model_type: str | None
     chat_template: str | None
     created: int
+    recommended_sampling: Mapping[str, Any]
 
 
 class TritonModel:
@@ -153,7 +157,8 @@ class TritonModel:
             values = {}
         template = values.get("chat_template")
         created = self._info.created if self._info is not None else int(time.time())
-        info = ModelInfo(values.get("max_model_len"), values.get("model_type"), template, created)
+        sampling = values.get("recommended_sampling") or {}
+        info = ModelInfo(values.get("max_model_len"), values.get("model_type"), template, created, sampling)
         if self._info is not None and self._info.chat_template != template:
             self._prompt_ends.clear()
         self._info, self._info_until = info, time.monotonic() + _INFO_SECONDS

@@ -73,11 +73,14 @@ export class Chat {
     this.list.scrollTop = this.list.scrollHeight;
   }
 
-  /** What is sent: the turns so far. An answer that failed before its first word is no turn. */
+  /** What is sent: user and assistant in turns, as many templates want it; a question without an answer is left out. */
   #turns() {
-    return this.#views
-      .map(({ message }) => ({ role: message.role, content: message.content }))
-      .filter((turn) => turn.role === "user" || turn.content);
+    const turns = [];
+    for (const { message } of this.#views) {
+      if (message.role === "assistant" && !message.content) turns.pop();
+      else turns.push({ role: message.role, content: message.content });
+    }
+    return turns;
   }
 
   async #answer() {

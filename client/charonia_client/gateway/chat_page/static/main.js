@@ -83,7 +83,7 @@ async function send() {
     return;
   }
   if (!model.value) await loadModels();
-  if (!model.value) return;
+  if (!model.value || prompt.value.trim() !== text) return; // sent meanwhile, Enter having been pressed again
   prompt.value = "";
   growPrompt();
   await chat.send(text);
