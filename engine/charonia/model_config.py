@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from charonia.errors import ModelLoadError
+from charonia.generation_config import recommended_sampling
 from charonia.hf_config import CheckpointDtype, HfConfig, HfGenerationConfig, LayerType, read_json_object
 from charonia.pooling_params import PoolingConfig, PoolingType
 from charonia.rope_config import RopeConfig, parse_rope
@@ -57,6 +58,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None
     dtype: CheckpointDtype | None
     """As config.json states it; None if it does not."""
+    recommended_sampling: dict[str, Any] = {}
+    """Sampling parameters that generation_config.json recommends."""
     pooling: PoolingConfig = PoolingConfig()
     """How the model makes embeddings, unless a request says otherwise."""
     encoder: EncoderConfig | None = None
@@ -133,6 +136,7 @@ def parse_model_config(values: dict[str, Any], generation: dict[str, Any]) -> Mo
         final_soft_cap=raw.final_logit_softcapping,
         eos_token_ids=tuple(dict.fromkeys((*_ids(ends.eos_token_id), *_ids(raw.eos_token_id)))),
         bos_token_id=raw.bos_token_id,
+        recommended_sampling=recommended_sampling(generation),
         dtype=raw.dtype or raw.torch_dtype,
         pooling=PoolingConfig(pooling_type=family.pooling_type),
         encoder=family.encoder(raw) if family.encoder else None,

@@ -83,6 +83,7 @@ class FakeTriton:
 
     def reset(self) -> None:
         self.script, self.ready, self.chat_template = echo, True, CHATML
+        self.recommended_sampling: dict[str, Any] = {}
         self.prompt_end = "<|im_start|>assistant\n"
         for log in (self.requests, self.utilities, self.cancelled):
             log.clear()
@@ -96,6 +97,7 @@ class FakeTriton:
                 "max_model_len": 2048,
                 "model_type": "FakeForCausalLM",
                 "chat_template": self.chat_template,
+                "recommended_sampling": self.recommended_sampling,
             }
         if kind == "detokenize":
             answer = {"prompt": " ".join(f"<{token}>" for token in body["tokens"])}

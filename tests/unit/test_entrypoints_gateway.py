@@ -33,11 +33,12 @@ class TestSettings:
     def test_flags(self) -> None:
         settings = gateway_settings(
             parse("--gateway-port=1", "--gateway-workers=1", "--served-model-name=m", "--tool-parser=none",
-                  "--api-key=k", "--allowed-origin=o", "--api-key-file=/f"), print
+                  "--api-key=k", "--allowed-origin=o", "--api-key-file=/f", "--generation-config=vllm"), print
         )  # fmt: skip
         assert settings is not None
         assert set(settings.flags) == {
             "--workers=1", "--served-model-name=m", "--tool-parser=none", "--allowed-origin=o", "--api-key-file=/f",
+            "--generation-config=vllm",
         }  # fmt: skip
         assert settings.keys == ("k",)
         assert settings.url == "http://127.0.0.1:1"

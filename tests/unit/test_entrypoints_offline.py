@@ -1,14 +1,13 @@
-"""What `LLM` makes of vLLM's arguments, of a checkpoint's recommended sampling, and of wrong values."""
+"""What `LLM` makes of vLLM's arguments, and of wrong values."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from charonia.config import EngineConfig
-from charonia.entrypoints.offline_settings import each_sampling, offline_config, recommended_sampling
-from charonia.errors import ConfigError, InvalidRequestError, ModelLoadError
+from charonia.entrypoints.offline_settings import each_sampling, offline_config
+from charonia.errors import ConfigError, InvalidRequestError
 from charonia.sampling_params import SamplingParams
 
 
@@ -37,21 +36,6 @@ def test_a_setting_of_the_wrong_kind_is_told_what_it_should_be(
 ) -> None:
     with pytest.raises(ConfigError, match=f"^engine setting {message}"):
         EngineConfig.from_mapping({"model": "/m"} | settings)
-
-
-def test_a_checkpoint_recommends_how_to_sample(tmp_path: Path) -> None:
-    assert recommended_sampling(str(tmp_path)) == SamplingParams()
-    generation = {
-        "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_new_tokens": 64, "do_sample": True,
-        "eos_token_id": [1, 2],
-    }  # fmt: skip
-    file = tmp_path / "generation_config.json"
-    file.write_text(json.dumps(generation))
-    expected = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, max_tokens=64)
-    assert recommended_sampling(str(tmp_path)) == expected
-    file.write_text('{"temperature": -1}')
-    with pytest.raises(ModelLoadError, match=r"generation_config.json: .*'temperature'"):
-        recommended_sampling(str(tmp_path))
 
 
 def test_sampling_parameters_for_each_prompt() -> None:

@@ -213,3 +213,16 @@ def test_from_dir(tmp_path: Path) -> None:
 def test_reading_a_config_needs_no_torch() -> None:
     code = "import sys, charonia.model_config; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_checkpoint_recommends_how_to_sample() -> None:
+    stated = {
+        "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": None, "max_new_tokens": 64, "do_sample": True,
+        "eos_token_id": [1, 2],
+    }  # fmt: skip
+    expected = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_tokens": 64}
+    assert parse(stated).recommended_sampling == expected
+    # Nobody could ask for this, and a model is not refused for it.
+    assert parse({"top_p": 0, "top_k": "many", "repetition_penalty": 1.1}).recommended_sampling == {
+        "repetition_penalty": 1.1
+    }

@@ -49,6 +49,7 @@ def test_the_model(inputs: InputProcessor) -> None:
     info = answer_utility(inputs, {"model_info": {}})
     assert (info["max_model_len"], info["model_type"]) == (64, "LlamaForCausalLM")
     assert "im_start" in info["chat_template"]
+    assert info["recommended_sampling"] == {}
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,12 @@ def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
         "--reasoning-parser", metavar="NAME", help="format of reasoning (default: by the chat template)"
     )
     group.add_argument(
+        "--generation-config",
+        choices=["auto", "vllm"],
+        help="what a request leaves open is sampled as the checkpoint's generation_config.json recommends (auto, the "
+        "default), or with temperature 1 and no filters (vllm)",
+    )
+    group.add_argument(
         "--allowed-origin",
         action="append",
         default=[],
@@ -105,6 +111,8 @@ def gateway_settings(options: argparse.Namespace, report: Callable[[str], None])
         report(f"No OpenAI API: {text}")
         return None
     flags = [f"--workers={options.gateway_workers}"]
+    if options.generation_config is not None:
+        flags.append(f"--generation-config={options.generation_config}")
     engine = engine_settings(options)
     flags += [
         f"--{name.replace('_', '-')}={engine[name]}"

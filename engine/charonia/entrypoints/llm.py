@@ -13,7 +13,7 @@ from charonia.core.engine_core import StepTimes
 from charonia.core.stats import EngineStats
 from charonia.entrypoints.interrupt import deferred_interrupt
 from charonia.entrypoints.offline_batch import Live, OfflineBatch, Output
-from charonia.entrypoints.offline_settings import each_sampling, offline_config, recommended_sampling
+from charonia.entrypoints.offline_settings import each_sampling, offline_config
 from charonia.errors import EngineDeadError, InvalidRequestError
 from charonia.model_config import ModelConfig
 from charonia.outputs import EmbeddingRequestOutput, RequestOutput
@@ -52,7 +52,7 @@ class LLM:
         model_config = ModelConfig.from_dir(config.model)
         tokenizer = None if config.skip_tokenizer_init else Tokenizer.from_dir(config.tokenizer_dir)
         self._inputs = InputProcessor(config, model_config, tokenizer)
-        self._default_sampling = recommended_sampling(config.model)
+        self._default_sampling = SamplingParams.from_mapping(model_config.recommended_sampling)
         self._core, self._summary = build_engine(config, model_config)
         self._next_id = 0
         self._failed = False

@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -53,6 +54,11 @@ class InputProcessor:
     def architecture(self) -> str:
         """The model's architecture, by its name in config.json."""
         return self._model.architecture
+
+    @property
+    def recommended_sampling(self) -> dict[str, Any]:
+        """Sampling parameters that the checkpoint recommends; nothing here applies them."""
+        return self._model.recommended_sampling
 
     def tokenize(self, request: GenerationRequest | EmbeddingRequest) -> tuple[str | None, list[int]]:
         """The prompt's text (None if it came as token ids) and its token ids.

@@ -112,5 +112,6 @@ def _model_info(inputs: InputProcessor) -> dict[str, Any]:
     return {
         "max_model_len": inputs.max_model_len,
         "model_type": inputs.architecture,
+        "recommended_sampling": inputs.recommended_sampling,
         "chat_template": None if tokenizer is None else tokenizer.chat_template(with_tools=True),
     }
