@@ -99,13 +99,13 @@ def test_fields_of_vllm_reach_the_model(client, fake):
     extra = {
         "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "min_tokens": 2,
         "stop_token_ids": [3], "include_stop_str_in_output": True, "skip_special_tokens": False, "priority": -1,
-        "cache_salt": "s", "bad_words": ["b"], "allowed_token_ids": [1, 2], "unknown_field": 1,
+        "cache_salt": "s", "bad_words": ["b"], "allowed_token_ids": [1, 2],
     }  # fmt: skip
+    ignored = {"unknown_field": 1, "use_beam_search": False, "documents": None, "functions": []}
     client.chat.completions.create(
-        model="llm", messages=HELLO, extra_body={**extra, "chat_template_kwargs": {"a": 1}}, logit_bias={"5": 1.5},
-        max_completion_tokens=9,
+        model="llm", messages=HELLO, logit_bias={"5": 1.5}, max_completion_tokens=9,
+        extra_body={**extra, **ignored, "chat_template_kwargs": {"a": 1}},
     )  # fmt: skip
-    extra.pop("unknown_field")
     assert fake.last.sampling == {**extra, "logit_bias": {"5": 1.5}, "max_tokens": 9}
     assert fake.last.chat["chat_template_kwargs"] == {"a": 1}
 
@@ -225,6 +225,9 @@ def test_an_error_within_a_stream_is_its_last_event(client, fake):
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "tool_choice": "required"}, "tools"),
         ({"messages": HELLO, "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": HELLO, "functions": [{"name": "f"}]}, "functions"),
+        ({"messages": HELLO, "extra_body": {"use_beam_search": True}}, "use_beam_search"),
+        ({"messages": HELLO, "extra_body": {"chat_template": "{{ messages }}"}}, "chat_template"),
     ],
 )
 def test_wrong_fields_are_named(client, fake, wrong, field):

@@ -29,6 +29,11 @@ PASSED_ON = (
 )  # fmt: skip
 """Fields that are sampling parameters of the model under the same name."""
 
+REFUSED = (
+    "use_beam_search", "truncate_prompt_tokens", "chat_template", "documents", "functions", "function_call",
+)  # fmt: skip
+"""Fields of OpenAI and vLLM that are not offered, and without which the answer would be another than was asked for."""
+
 _GUIDED = {
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
 }  # fmt: skip
@@ -123,6 +128,9 @@ class SamplingFields(BaseModel):
 
     def sampling_parameters(self) -> dict[str, Any]:
         """The parameters that go to the model as they are, without nulls. Raises `ApiError` for what it cannot do."""
+        for name in REFUSED:
+            if (self.model_extra or {}).get(name):
+                raise ApiError(f"{name} is not supported", param=name)
         if self.prompt_logprobs is not None and self.streams:
             raise ApiError("prompt_logprobs is not for stream=true", param="prompt_logprobs")
         if self.stream_options is not None and not self.streams:
