@@ -302,6 +302,11 @@ def test_a_grammar_leaves_no_room_for_reasoning(thinking, fake):
         ("<tool_call><function=x>", "qwen3_coder", None),
         ("<tool_call> </think>", "hermes", "qwen3"),
         ("<|python_tag|>", "llama3_json", None),
+        (
+            'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.',
+            "llama3_json",
+            None,
+        ),
     ],
 )
 def test_parsers_by_template(template, tools, reasoning):

@@ -13,6 +13,7 @@ _TOOL_MARKS = (
     ("<function=", "qwen3_coder"),
     ("<tool_call>", "hermes"),
     ("<|python_tag|>", "llama3_json"),
+    ('"parameters": dictionary of argument name and its value', "llama3_json"),  # Llama 3.2 has no tag
 )
 """What a chat template says of tool calls, and the parser for it; the first mark found counts."""
 _DEFAULT_TOOL_PARSER = "hermes"
