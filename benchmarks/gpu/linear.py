@@ -427,7 +427,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="JSON file for all rows")
-    parser.add_argument("--models", default="llama8b,qwen06b", help="of llama8b, qwen06b")
+    parser.add_argument("--models", default="llama8b,qwen06b", help="of " + ", ".join(MODELS))
     parser.add_argument("--shapes", default="", help="layers to sweep, such as o,down (all)")
     parser.add_argument("--kinds", default="vector,skinny,hopper", help="kernels to sweep")
     parser.add_argument("--rows", default="", help="values of M, the most important first")

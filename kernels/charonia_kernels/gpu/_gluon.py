@@ -1,7 +1,7 @@
 """What the Gluon kernels share.
 
-Rule: a barrier is allocated only where the program goes on to wait for it, up to its end. Triton gives the memory of one
-that nobody uses any more to other buffers, and without `mbarrier.invalidate` (PTX: required before other use) the
+Rule: a barrier is allocated only where the program goes on to wait for it, up to its end. Triton gives the memory of
+one that nobody uses any more to other buffers, and without `mbarrier.invalidate` (PTX: required before other use) the
 processor may write the barrier's state into it late. `tests/kernels/gpu/test_aot.py` looks for that.
 """
 

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from charonia_kernels.gpu._launch import INTERPRETED, DeviceTraits
-from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op
+from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, hopper_config
 from charonia_kernels.gpu.linear_table import MEASURED
 
 _RESERVED_BYTES = 2048  # of shared memory: reductions, barriers, and what the driver keeps
@@ -19,10 +19,11 @@ def choose(
     """Configuration for `m` rows of x and a weight ``[n, k]``; `bulk`: both can be copied in bulk."""
     if dtype not in (torch.bfloat16, torch.float16) or k % 16 or k == 0:
         return CUBLAS
+    hopper = bulk and has_hopper_kernel(traits)
     measured = (config for most, config in MEASURED.get((n, k, op), ()) if m <= most)
-    config = next(measured, None) or _default(m, n, k, traits, op)
-    if config.kind == "hopper" and not (bulk and has_hopper_kernel(traits)):
-        config = _default(m, n, k, traits, op)
+    config = next(measured, None)
+    if config is None or (config.kind == "hopper" and not hopper):
+        config = _default(m, n, k, traits, op, hopper)
     if config.kind == "hopper" and dtype == torch.float16:
         config = replace(config, fuse_norm=False)
     if config.kind == "skinny":
@@ -40,19 +41,45 @@ def has_hopper_kernel(traits: DeviceTraits) -> bool:
     return traits.capability == (9, 0) and not INTERPRETED
 
 
-def _default(m: int, n: int, k: int, traits: DeviceTraits, op: Op) -> LinearConfig:
-    """Enough programs to fill the device, and about 100 KB of the weight under way for each."""
-    if m <= 4:
-        block_n = 4 if m > 2 or op == "norm_linear_silu_mul" else 2
-        block_k = 2048 if block_n * m <= 4 and k >= 2048 else 1024
-        return LinearConfig("vector", block_n, block_k, prefetch=4096)
-    if m > 64:
-        return CUBLAS
-    wide = 128 if m > 32 else 64
-    block_n = next((b for b in (wide, 64, 32) if n >= b * traits.num_sms), 32 if m > 16 else 16)
+def _default(m: int, n: int, k: int, traits: DeviceTraits, op: Op, hopper: bool) -> LinearConfig:
+    """For shapes that nobody has measured: what was best, or close to it, for those of five models of 1B to 70B.
+
+    Measured on an H200 (`benchmarks/gpu/linear.py --models llama1b,llama3b,...`). The skinny kernel was not among it.
+    """
+    if m == 1 or (m == 2 and not hopper):
+        if k <= 1536 and n < _WIDE_OUTPUT // 2:
+            return LinearConfig("vector", 4, 1024, num_warps=4, prefetch=4096)
+        return LinearConfig("vector", 8, 512, num_warps=2, prefetch=1024)
+    config = None
+    if hopper and m <= 32:
+        fuse_norm = op.startswith("norm") and (m <= 8 or (m <= 16 and n <= 16384))
+        config = _many_parts(m, n, k, traits.num_sms, fuse_norm)
+    elif hopper and m <= 64 and op == "norm_linear_silu_mul":
+        config = hopper_config(m, k, _block_n(n, traits.num_sms), 64, 1, fuse_norm=False)
+    elif hopper and m <= 64 and n >= _WIDE_OUTPUT:
+        config = hopper_config(m, k, 128, 64, 1, fuse_norm=False)
+    return config or CUBLAS
+
+
+_WIDE_OUTPUT = 60_000
+"""Rows of the head of a language model that is not small, and of no other layer."""
+
+
+def _many_parts(m: int, n: int, k: int, num_sms: int, fuse_norm: bool) -> LinearConfig | None:
+    """A weight of few rows is split along its columns until nearly every multiprocessor has a program."""
+    block_n, block_k = 64, 128
     split_k = 1
-    while -(-n // block_n) * split_k * 3 < traits.num_sms * 2 and k // (2 * split_k) >= 1024:
+    while -(-n // block_n) * split_k < 0.95 * num_sms and k // (2 * split_k) >= 4 * block_k:
         split_k *= 2
-    block_k = 128 if block_n >= 64 else 256
-    num_stages = min(6, max(3, 100 * 1024 // (2 * block_k * (block_n + max(16, m)))))
-    return LinearConfig("skinny", block_n, block_k, split_k, 4, num_stages, prefetch=2048, block_m=16)
+    fused = hopper_config(m, k, block_n, block_k, split_k, fuse_norm=True) if fuse_norm else None
+    return fused or hopper_config(m, k, block_n, block_k, split_k, fuse_norm=False)
+
+
+def _block_n(n: int, num_sms: int) -> int:
+    """128 rows a tile, for which x is read half as often, unless 64 keep the device much busier to the end."""
+
+    def busy(block_n: int) -> float:
+        tiles, at_once = -(-n // block_n), 2 * num_sms
+        return tiles / (-(-tiles // at_once) * at_once)
+
+    return 64 if busy(64) > 1.2 * busy(128) else 128

@@ -60,8 +60,8 @@ def hopper_config(
 ) -> LinearConfig | None:
     """A configuration of "hopper" whose rings let `per_sm` programs share a multiprocessor; None if none fits.
 
-    All columns of a program are under way at once if there is room, else 24 KB of x and as much weight as fits. The
-    sums take the place of the weight in the end, so its ring has room for them.
+    As many tiles of x as of the weight are under way: fewer of x, and its way from the L2 cache holds up the products.
+    The sums take the place of the weight in the end, so its ring has room for them.
     """
     config = LinearConfig(
         "hopper",
@@ -79,12 +79,10 @@ def hopper_config(
     if fuse_norm:
         room -= 4 * (1 << (steps - 1).bit_length()) * block_k
     least = -(-2 * tile_rows(config, m) // block_k)
-    if max(steps, least) * w_bytes + steps * x_bytes <= room:
-        return replace(config, num_stages=max(steps, least), x_stages=steps)
-    x_stages = min(steps, max(2, 24 * 1024 // x_bytes), room // (w_bytes + x_bytes))
-    num_stages = min(max(steps, least), (room - x_stages * x_bytes) // w_bytes)
-    x_stages = min(num_stages, steps, (room - num_stages * w_bytes) // x_bytes)
-    if x_stages < 2 or num_stages < least:
+    both = min(steps, room // (w_bytes + x_bytes))
+    num_stages = max(both, least)
+    x_stages = min(both, (room - num_stages * w_bytes) // x_bytes)
+    if x_stages < min(steps, 2):
         return None
     return replace(config, num_stages=num_stages, x_stages=x_stages)
 

@@ -1,7 +1,7 @@
-"""The best configurations measured on an H100 (`benchmarks/gpu/linear.py`): weight and op -> up to so many rows of x.
+"""The best configurations measured (`benchmarks/gpu/linear.py`): weight and op -> up to so many rows of x.
 
 Shapes are those of Llama 3.1 8B and Qwen3 0.6B; others take the defaults of `linear_choice`. Measured at 1, 2, 4, 8,
-16, 32, 48, 64, 96 and 128 rows; "hopper" at 8 and 64, from where it is taken over for 4 and 16.
+16, 32, 48, 64, 96 and 128 rows on an H100, "hopper" from 16 to 64 rows on an H200.
 """
 
 from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op
@@ -40,7 +40,7 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
         (1, _vector(2, 2048, 4, 0)),
         (2, _vector(8, 512, 2, 1024)),
         (8, _hopper(64, 128, 1, 4, 5, 5, 8)),
-        (16, _hopper(64, 128, 1, 4, 4, 4, 8)),
+        (16, _hopper(64, 128, 2, 4, 5, 5, 8)),
         (64, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
         (128, CUBLAS),
     ),
@@ -48,15 +48,16 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
         (2, _vector(8, 1024, 4, 4096)),
         (8, _hopper(64, 128, 4, 4, 6, 6, 8, fuse_norm=False)),
         (16, _hopper(64, 128, 4, 4, 5, 5, 8, fuse_norm=False)),
-        (32, _skinny(64, 128, 1, 4, 5, 0)),
+        (32, _hopper(64, 128, 2, 4, 4, 4, 8, fuse_norm=False)),
         (128, CUBLAS),
     ),
     (28672, 4096, "norm_linear_silu_mul"): (
         (1, _vector(2, 2048, 4, 0)),
         (2, _vector(2, 512, 2, 1024)),
         (8, _hopper(64, 128, 1, 4, 5, 5, 8)),
-        (16, _hopper(64, 128, 1, 4, 4, 4, 8)),
-        (32, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
+        (16, _hopper(128, 64, 1, 4, 5, 5, 8)),
+        (32, _hopper(128, 64, 1, 4, 5, 5, 8, fuse_norm=False)),
+        (64, _hopper(128, 64, 1, 4, 4, 4, 8, fuse_norm=False)),
         (128, _skinny(128, 64, 1, 8, 5, 1024, fuse_norm=False)),
     ),
     (4096, 14336, "linear_add"): (
@@ -71,9 +72,9 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
     (128256, 4096, "norm_linear"): (
         (2, _vector(2, 2048, 4, 0)),
         (8, _hopper(64, 128, 1, 4, 5, 5, 8)),
-        (16, _hopper(64, 128, 1, 4, 4, 4, 8)),
-        (32, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
-        (48, _skinny(128, 64, 1, 4, 5, 1024, fuse_norm=False)),
+        (16, _hopper(64, 128, 1, 4, 5, 5, 8, fuse_norm=False)),
+        (32, _hopper(64, 128, 1, 4, 4, 4, 8, fuse_norm=False)),
+        (64, _hopper(128, 64, 1, 4, 4, 4, 8, fuse_norm=False)),
         (96, _skinny(128, 64, 1, 8, 5, 1024, fuse_norm=False)),
         (128, _skinny(128, 64, 1, 4, 5, 1024, fuse_norm=False)),
     ),
@@ -100,9 +101,8 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
         (4, _vector(8, 512, 2, 1024)),
         (8, _hopper(64, 128, 1, 4, 6, 5, 8)),
         (16, _hopper(64, 128, 1, 4, 5, 5, 8)),
-        (32, _skinny(64, 256, 1, 4, 3, 2048)),
-        (48, _skinny(64, 128, 1, 4, 5, 2048, fuse_norm=False)),
-        (64, _hopper(64, 128, 1, 4, 4, 2, 8, fuse_norm=False)),
+        (32, _hopper(64, 128, 1, 4, 4, 4, 8, fuse_norm=False)),
+        (64, _hopper(64, 64, 1, 4, 6, 6, 8, fuse_norm=False)),
         (128, CUBLAS),
     ),
     (1024, 3072, "linear_add"): (
@@ -119,8 +119,8 @@ MEASURED: dict[tuple[int, int, Op], tuple[tuple[int, LinearConfig], ...]] = {
         (4, _skinny(64, 128, 1, 4, 5, 0)),
         (8, _hopper(64, 128, 1, 4, 6, 6, 8, fuse_norm=False)),
         (16, _hopper(64, 128, 1, 4, 5, 5, 8, fuse_norm=False)),
-        (32, _skinny(128, 128, 1, 8, 3, 1024)),
-        (64, _skinny(128, 64, 1, 4, 5, 1024, fuse_norm=False)),
+        (32, _hopper(64, 128, 1, 4, 4, 4, 8, fuse_norm=False)),
+        (64, _hopper(128, 64, 1, 4, 4, 4, 8, fuse_norm=False)),
         (128, _skinny(128, 64, 1, 8, 5, 1024, fuse_norm=False)),
     ),
 }

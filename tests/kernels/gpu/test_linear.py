@@ -228,7 +228,6 @@ def test_choice_fits_the_device(model, op):
                     assert config.num_stages >= 2
                     assert k // config.split_k >= config.block_k
     assert choose(1, 4096, 4096, torch.bfloat16, H100, op).kind == "vector"
-    assert choose(16, 4096, 4096, torch.bfloat16, H100, op).kind in ("skinny", "hopper")
 
 
 def test_long_weights_go_around_the_rings():
@@ -274,10 +273,44 @@ def test_hopper_kernel_is_chosen_only_where_it_runs(monkeypatch, op):
     pick = choose.__wrapped__
     assert pick(8, 512, 256, torch.bfloat16, H100, op) == HOPPER
     assert not pick(8, 512, 256, torch.float16, H100, op).fuse_norm
-    assert pick(8, 512, 256, torch.bfloat16, H100, op, bulk=False).kind == "skinny"
-    assert pick(8, 512, 256, torch.bfloat16, DeviceTraits((10, 0), 148, 232_448), op).kind == "skinny"
+    assert pick(2, 512, 256, torch.bfloat16, H100, op, bulk=False).kind == "vector"
+    assert pick(8, 512, 256, torch.bfloat16, H100, op, bulk=False) == CUBLAS
+    assert pick(8, 512, 256, torch.bfloat16, DeviceTraits((10, 0), 148, 232_448), op) == CUBLAS
     monkeypatch.setattr(linear_choice, "INTERPRETED", True)
-    assert pick(8, 512, 256, torch.bfloat16, H100, op).kind == "skinny"
+    assert pick(8, 512, 256, torch.bfloat16, H100, op) == CUBLAS
+
+
+@pytest.mark.parametrize("op", ["linear", "norm_linear", "norm_linear_silu_mul", "linear_add"])
+def test_defaults_for_shapes_that_nobody_measured(monkeypatch, op):
+    monkeypatch.setattr(linear_choice, "INTERPRETED", False)
+    pick = choose.__wrapped__
+    for n, k in [
+        (5120, 3072),
+        (3072, 8192),
+        (37888, 3584),
+        (19456, 2560),
+        (152064, 3584),
+        (960, 576),
+        (64, 28672),
+    ]:
+        for m in (1, 2, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128):
+            config = pick(m, n, k, torch.bfloat16, H100, op)
+            if m == 1:
+                assert config.kind == "vector"
+            elif m <= 32:
+                assert config.kind == "hopper"
+                assert n > 64 * 132 or config.split_k > 1 or k < 1024
+            elif m > 64 or (op != "norm_linear_silu_mul" and n < 100_000):
+                assert config == CUBLAS
+            else:
+                assert config.kind == "hopper"
+                assert config.block_n == (
+                    128 if n in (64, 19456, 152064) or op != "norm_linear_silu_mul" else 64
+                )
+            if config.kind == "hopper":
+                assert not config.fuse_norm or op.startswith("norm")
+                registers = launch_registers(config, m, config.fuse_norm)
+                assert 24 < registers * (8 + 4 * config.fuse_norm) * 32 <= 65536
 
 
 def test_choice_falls_back():
