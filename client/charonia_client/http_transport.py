@@ -3,7 +3,7 @@
 # ruff: noqa: ASYNC109 (a time limit is part of this interface, over every protocol)
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import TypeVar
 
 import httpx
@@ -21,7 +21,7 @@ from charonia_client.errors import (
 )
 from charonia_client.metadata import Query, error_text, model_path
 from charonia_client.requests import GenerateRequest
-from charonia_client.responses import ModelResponse
+from charonia_client.responses import NOT_FINISHED, ModelResponse
 
 T = TypeVar("T")
 
@@ -61,8 +61,14 @@ class HttpTransport:
                     text = error_text(await response.aread())
                     raise from_http_status(response.status_code, text, url=self._url, model=request.model)
                 if request.stream:
+                    reasons: Sequence[object] = ()
                     async for event in _events(response.aiter_bytes()):
-                        yield self._decode(event, request)
+                        answer = self._decode(event, request)
+                        reasons = answer.outputs.get("finish_reason", ())
+                        yield answer
+                    if NOT_FINISHED in reasons:
+                        message = "the server closed the stream before the answer was complete"
+                        raise ServerUnavailableError(message, url=self._url, model=request.model)
                 else:
                     yield self._decode(await response.aread(), request)
         except httpx.HTTPError as error:
@@ -75,7 +81,11 @@ class HttpTransport:
         except httpx.HTTPError as error:
             raise self._error(error, query.model) from error
         if response.status_code == httpx.codes.OK:
-            return query.read_http(response.json() if response.content else None)
+            try:
+                return query.read_http(response.json() if response.content else None)
+            except (KeyError, TypeError, ValueError) as error:
+                message = f"the server's answer is not Triton's: {error!r}"
+                raise InternalServerError(message, url=self._url, model=query.model) from error
         if query.no is not None and response.status_code in _NOT_READY:
             return query.no
         text = error_text(response.content)

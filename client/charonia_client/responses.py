@@ -18,6 +18,9 @@ from charonia_client.results import (
 
 OutputT = TypeVar("OutputT", bound=Output)
 
+NOT_FINISHED = "None"
+"""The output `finish_reason` of a sequence that goes on."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelResponse:
@@ -76,7 +79,7 @@ def _sequences(outputs: Mapping[str, Sequence[Any]]) -> tuple[SequenceOutput, ..
     return tuple(
         SequenceOutput(
             text=texts[i],
-            finish_reason=None if reasons[i] == "None" else reasons[i],
+            finish_reason=None if reasons[i] == NOT_FINISHED else reasons[i],
             token_ids=ids[i],
             logprobs=_logprobs(logprobs[i]),
             cumulative_logprob=totals[i],

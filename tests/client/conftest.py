@@ -123,7 +123,7 @@ class ScriptedHttp:
 
 @pytest.fixture
 def scripted_http() -> Iterator[Callable[..., ScriptedHttp]]:
-    """Start an HTTP server that answers POSTs with what `script(number)` yields: a status, then the body.
+    """Start an HTTP server that answers requests with what `script(number)` yields: a status, then the body.
 
     A script that raises `ConnectionError` breaks its connection there.
     """
@@ -135,12 +135,15 @@ def scripted_http() -> Iterator[Callable[..., ScriptedHttp]]:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def do_GET(self) -> None:
+                self.do_POST()
+
             def do_POST(self) -> None:
-                result.bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+                result.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
                 parts = script(len(result.bodies) - 1)
-                self.close_connection = True
                 try:
                     self.send_response(next(parts))
+                    self.send_header("Connection", "close")
                     self.send_header("Transfer-Encoding", "chunked")
                     self.end_headers()
                     for part in parts:

@@ -132,6 +132,35 @@ async def test_a_connection_that_breaks_midway_is_an_error_and_not_retried(scrip
     assert len(server.bodies) == 1
 
 
+@pytest.mark.parametrize("rest", [b"", b'data: {"text_output": "lost"'], ids=["nothing", "half an event"])
+async def test_a_stream_that_ends_before_its_answer_is_an_error(scripted_http, rest):
+    """As a proxy may end it."""
+
+    def script(number):
+        yield 200
+        yield event(["a", "b"], finish_reason=["stop", "None"])
+        if rest:
+            yield rest
+
+    async with AsyncCharoniaClient(scripted_http(script).url) as client:
+        stream = client.stream("x", n=2)
+        assert (await anext(stream)).text == "a"
+        with pytest.raises(ServerUnavailableError, match="before the answer was complete"):
+            await anext(stream)
+
+
+@pytest.mark.parametrize("body", [b"<html>hello</html>", b"[]", b"{}", b"5"])
+async def test_a_server_that_is_no_triton(scripted_http, body):
+    def script(number):
+        yield 200
+        yield body
+
+    async with AsyncCharoniaClient(scripted_http(script).url) as client:
+        for question in (client.server_metadata, client.model_metadata):
+            with pytest.raises(InternalServerError, match="is not Triton's"):
+                await question()
+
+
 async def test_retries_until_the_server_has_room(scripted_http):
     def script(number):
         yield 503 if number < 2 else 200

@@ -9,6 +9,7 @@ from typing import Any
 from charonia_client.errors import InternalServerError
 from charonia_client.gateway.triton_model import TritonModel
 from charonia_client.requests import GenerateRequest
+from charonia_client.responses import NOT_FINISHED
 
 PositionLogprobs = Mapping[str, Mapping[str, Any]]
 """Alternatives at one position by token id: `logprob`, `rank`, `decoded_token`. The token itself comes first."""
@@ -104,7 +105,7 @@ class Generation:
         logprobs = outputs.get("logprobs")
         token_ids = _split(outputs["token_ids"], lengths) if "token_ids" in outputs else None
         for index, text in enumerate(texts):
-            ends = reasons[index] != "None" and not self._finished[index]
+            ends = reasons[index] != NOT_FINISHED and not self._finished[index]
             ids = token_ids[index] if token_ids is not None else None
             if not text and not ends and not ids:
                 continue
