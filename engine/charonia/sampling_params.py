@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import UnionType
 from typing import Any, NamedTuple
 
@@ -62,13 +63,8 @@ class SamplingParams(
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        # vLLM accepts one string, and None for "none", where a list is meant.
-        for name in ("stop", "stop_token_ids", "bad_words", "logit_bias"):
-            value = getattr(self, name)
-            if value is None:
-                msgspec.structs.force_setattr(self, name, {} if name == "logit_bias" else [])
-            elif isinstance(value, str):
-                msgspec.structs.force_setattr(self, name, [value])
+        if _GET_CONTAINERS(self) != _NO_CONTAINERS:
+            _complete_containers(self)
         if self.structured_outputs is not None:
             constraint = StructuredOutputsParams.from_value(self.structured_outputs)
             msgspec.structs.force_setattr(self, STRUCTURED, constraint)
@@ -89,13 +85,16 @@ class SamplingParams(
         """
         fields: dict[str, Any] = {}
         for key, value in gather_structured(values).items():
+            kind = _FIELD_TYPES.get(key)
+            if type(value) is kind:
+                fields[key] = value  # as JSON has it nearly always
+                continue
             if key == "best_of" and str(value) == str(values.get("n") or 1):
                 continue  # as many as are returned: what older OpenAI frontends always send
             if value is False and key in ("logprobs", "prompt_logprobs"):
                 continue  # OpenAI's chat API has a boolean of that name
             if key in _UNSUPPORTED:
                 raise UnsupportedError(f"sampling parameter {key!r} is not supported: {_UNSUPPORTED[key]}")
-            kind = _FIELD_TYPES.get(key)
             if kind is None:
                 known = ", ".join(sorted(_FIELD_TYPES))
                 raise InvalidRequestError(f"unknown sampling parameter {key!r}; known parameters: {known}")
@@ -226,13 +225,25 @@ _RULES = {
     "spaces_between_special_tokens": _BOOLEAN,
 }
 _OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
-_DEFAULTS = tuple((f.name, f.default) for f in msgspec.structs.fields(SamplingParams) if f.name in _RULES)
+_SCALARS = tuple((f.name, f.default) for f in msgspec.structs.fields(SamplingParams) if f.name in _RULES)
+_GET_SCALARS = attrgetter(*(name for name, _ in _SCALARS))
+_GET_CONTAINERS = attrgetter("stop", "stop_token_ids", "bad_words", "logit_bias")
+_NO_CONTAINERS: tuple[Any, ...] = ([], [], [], {})
+
+
+def _complete_containers(p: SamplingParams) -> None:
+    """As vLLM, take one string, and None for "none", where a list is meant."""
+    for name in ("stop", "stop_token_ids", "bad_words", "logit_bias"):
+        value = getattr(p, name)
+        if value is None:
+            msgspec.structs.force_setattr(p, name, {} if name == "logit_bias" else [])
+        elif isinstance(value, str):
+            msgspec.structs.force_setattr(p, name, [value])
 
 
 def _validate(p: SamplingParams) -> None:
     """Every frontend and the engine do this for each request: fields left at their defaults cost a comparison."""
-    for name, default in _DEFAULTS:
-        value = getattr(p, name)
+    for (name, default), value in zip(_SCALARS, _GET_SCALARS(p), strict=True):
         if value is default or (value is None and name in _OPTIONAL):
             continue
         rule = _RULES[name]
@@ -243,8 +254,7 @@ def _validate(p: SamplingParams) -> None:
             p.min_tokens <= p.max_tokens, "min_tokens", f"at most max_tokens ({p.max_tokens})", p.min_tokens
         )
     _require(p.detokenize or not p.stop, "detokenize", "true when 'stop' strings are given", p.detokenize)
-    lists = (p.stop, p.bad_words, p.stop_token_ids, p.logit_bias)
-    if p.allowed_token_ids is not None or lists != ([], [], [], {}):
+    if p.allowed_token_ids is not None or _GET_CONTAINERS(p) != _NO_CONTAINERS:
         _validate_lists(p)
 
 

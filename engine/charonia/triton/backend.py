@@ -80,6 +80,7 @@ class TritonBackend:
             on_closed=self._on_closed,
             abort=engine.abort,
             stream_interval=config.stream_interval,
+            num_live=self._live.__len__,
         )
         self._intake = Intake(
             engine,

@@ -38,6 +38,7 @@ TRANSPORT_PARAMETERS = frozenset(
 )  # fmt: skip
 """Request parameters of Triton's front doors: `/generate` passes on every top-level key that is no input."""
 
+_OUTPUT_OF_FLAG = {RETURN_PREFIX + name: name for name in OPTIONAL_OUTPUTS}
 _STREAM_ECHO_ERROR = (
     "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed."
 )
@@ -118,14 +119,9 @@ def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> 
     stand in for absent boolean inputs. ignored_parameters: request parameters of other software on the way.
     """
     _refuse_unsupported(raw.inputs)
-    parameters = (
-        decode_json_object(raw.parameters.encode(), "the request parameters") if raw.parameters else {}
-    )
-    settings = without_nulls(parameters)
-    for name in TRANSPORT_PARAMETERS.union(ignored_parameters):
-        settings.pop(name, None)
-    sent_trace_headers = take_trace_headers(settings)
-    flags = {name: _flag(raw.inputs, settings.pop(name, None), name) for name in BOOLEAN_INPUTS}
+    settings = _request_parameters(raw.parameters, ignored_parameters)
+    sent_trace_headers = take_trace_headers(settings) if settings else {}
+    flags = _flags(raw.inputs, settings)
     if "sampling_parameters" in raw.inputs:
         text = _bytes_input(raw.inputs, "sampling_parameters", MAX_JSON_BYTES)
         given = decode_json_object(text, "input 'sampling_parameters'") if text.strip() else {}
@@ -158,8 +154,32 @@ def parse_request(raw: RawRequest, ignored_parameters: Collection[str] = ()) -> 
     )
 
 
+def _request_parameters(text: str, ignored: Collection[str]) -> dict[str, Any]:
+    """Those that are for the model."""
+    if text in ("", "{}"):
+        return {}
+    parameters = decode_json_object(text.encode(), "the request parameters")
+    return {
+        name: value
+        for name, value in parameters.items()
+        if value is not None and name not in TRANSPORT_PARAMETERS and name not in ignored
+    }
+
+
+def _flags(inputs: Mapping[str, AnyArray], settings: dict[str, Any]) -> dict[str, bool]:
+    """The booleans that are given, as inputs or, taken out of `settings`, as request parameters."""
+    flags = {}
+    for name in BOOLEAN_INPUTS.intersection(settings):
+        value = settings.pop(name)
+        if name not in inputs:
+            flags[name] = _flag_parameter(value, name)
+    for name in BOOLEAN_INPUTS.intersection(inputs):
+        flags[name] = _flag(inputs[name], name)
+    return flags
+
+
 def _embedding(
-    inputs: Mapping[str, AnyArray], settings: Mapping[str, Any], flags: Mapping[str, bool | None],
+    inputs: Mapping[str, AnyArray], settings: Mapping[str, Any], flags: Mapping[str, bool],
     common: Mapping[str, Any],
 ) -> ParsedRequest:  # fmt: skip
     """A request for an embedding; it is answered by one response, streaming or not."""
@@ -171,8 +191,10 @@ def _embedding(
     return ParsedRequest(request, ResponseOptions(outputs=outputs))
 
 
-def _outputs_asked(flags: Mapping[str, bool | None]) -> frozenset[str]:
-    return frozenset(name for name in OPTIONAL_OUTPUTS if flags[RETURN_PREFIX + name])
+def _outputs_asked(flags: Mapping[str, bool]) -> frozenset[str]:
+    return frozenset(
+        [_OUTPUT_OF_FLAG[name] for name, asked in flags.items() if asked and name in _OUTPUT_OF_FLAG]
+    )
 
 
 def _refuse_unsupported(inputs: Mapping[str, AnyArray]) -> None:
@@ -181,9 +203,9 @@ def _refuse_unsupported(inputs: Mapping[str, AnyArray]) -> None:
 
 
 def _response_options(
-    flags: Mapping[str, bool | None], params: SamplingParams, prompt: str | list[int] | ChatInput
+    flags: Mapping[str, bool], params: SamplingParams, prompt: str | list[int] | ChatInput
 ) -> ResponseOptions:
-    stream, exclude_input = bool(flags["stream"]), flags["exclude_input_in_output"]
+    stream, exclude_input = flags.get("stream", False), flags.get("exclude_input_in_output")
     if stream and exclude_input is False:
         raise InvalidRequestError(_STREAM_ECHO_ERROR)
     if exclude_input is False and isinstance(prompt, list):
@@ -277,28 +299,33 @@ def _chat_flag(fields: Mapping[str, Any], key: str, *, default: bool) -> bool:
     return default if value is None else value
 
 
-def _flag(inputs: Mapping[str, AnyArray], parameter: object, name: str) -> bool | None:
-    """A boolean input, else the request parameter of the same name; None when neither is given."""
-    if name in inputs:
-        array = inputs[name]
-        if array.size != 1 or array.dtype != np.bool_:
-            raise InvalidRequestError(
-                f"input {name!r} must be one BOOL, got {array.dtype} of shape {list(array.shape)}"
-            )
-        return bool(array.flat[0])
-    if parameter is None or isinstance(parameter, bool):
-        return parameter
-    if isinstance(parameter, str) and parameter.lower() in ("true", "false"):
-        return parameter.lower() == "true"
-    raise InvalidRequestError(f"request parameter {name!r} must be a boolean, got {str(parameter)[:80]!r}")
+def _flag(array: AnyArray, name: str) -> bool:
+    """A boolean input."""
+    if array.size != 1 or array.dtype != np.bool_:
+        raise InvalidRequestError(
+            f"input {name!r} must be one BOOL, got {array.dtype} of shape {list(array.shape)}"
+        )
+    return bool(array.item())
+
+
+def _flag_parameter(value: object, name: str) -> bool:
+    """The request parameter that stands for a boolean input."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise InvalidRequestError(f"request parameter {name!r} must be a boolean, got {str(value)[:80]!r}")
 
 
 def _integer(value: object, name: str, low: int, high: int) -> int:
     """An integer that may come as text, or as a float that is whole."""
-    try:
-        number = msgspec.convert(value, int, strict=False)
-    except (msgspec.ValidationError, OverflowError):
-        raise InvalidRequestError(f"{name!r} must be an integer, got {str(value)[:80]!r}") from None
+    if type(value) is int:
+        number = value
+    else:
+        try:
+            number = msgspec.convert(value, int, strict=False)
+        except (msgspec.ValidationError, OverflowError):
+            raise InvalidRequestError(f"{name!r} must be an integer, got {str(value)[:80]!r}") from None
     if not low <= number <= high:
         raise InvalidRequestError(f"{name!r} must be from {low} to {high}, got {number}")
     return number
@@ -318,7 +345,7 @@ def _bytes_input(inputs: Mapping[str, AnyArray], name: str, limit: int) -> bytes
         raise InvalidRequestError(
             f"input {name!r} must be one string, got {array.dtype} of shape {list(array.shape)}"
         )
-    value = array.flat[0]
+    value = array.item()
     data = value if isinstance(value, bytes) else str(value).encode()
     if len(data) > limit:
         raise InvalidRequestError(f"input {name!r} has {len(data)} bytes; at most {limit} are taken")

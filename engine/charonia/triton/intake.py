@@ -39,7 +39,7 @@ class Intake:
     ) -> None:
         self._engine = engine
         self._max_pending = max_pending
-        self._ignored_parameters = ignored_parameters
+        self._ignored_parameters = frozenset(ignored_parameters)
         self._on_unexpected = on_unexpected
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="charonia-intake")
         self._lock = threading.Lock()
@@ -118,4 +118,4 @@ def _is_small(raw: RawRequest) -> bool:
 def _is_small_array(array: AnyArray) -> bool:
     if array.dtype != np.object_:
         return array.size <= MAX_INLINE_IDS
-    return array.size == 1 and len(array.flat[0]) <= MAX_INLINE_BYTES
+    return array.size == 1 and len(array.item()) <= MAX_INLINE_BYTES

@@ -25,15 +25,20 @@ class LiveRequest:
                        ▲ cancel sweep (is_cancelled)               │
                        └───────────────────────────────────────────┘ FINAL: closed
 
-    Invariants: only its one sender thread sends; `closed` turns true once, under `wire_lock`, when FINAL goes out;
-    `is_cancelled()` is called under `wire_lock` and never once `closed`; after FINAL nothing refers to the stub's
-    objects.
+    Invariants: only its one sender thread sends, but for the first response, which the engine's thread may send as
+    long as the sender has not been told of the request, and will not be before `pass_on`; `closed` turns true once,
+    under `wire_lock`, when FINAL goes out; `is_cancelled()` is called under `wire_lock` and never once `closed`; after
+    FINAL nothing refers to the stub's objects.
     """
 
     def __init__(
-        self, sender: PbResponseSender, wake: Callable[["LiveRequest"], None], stream_interval: int = 1
-    ) -> None:
-        """wake: tells the request's sender thread that mail has come. stream_interval: see `EngineConfig`."""
+        self, sender: PbResponseSender, wake: Callable[["LiveRequest"], None], stream_interval: int = 1,
+        wake_first: Callable[["LiveRequest"], None] | None = None,
+    ) -> None:  # fmt: skip
+        """wake: tells the request's sender thread that mail has come. stream_interval: see `EngineConfig`.
+
+        wake_first: called in its place with the first output, while the sender does not know of the request.
+        """
         self.request_id = ""
         """The client's own name for it."""
         self.arrival = time.monotonic()
@@ -56,6 +61,8 @@ class LiveRequest:
         """Whether the engine has taken the request."""
         self._sender: PbResponseSender | None = sender
         self._wake = wake
+        self._wake_first: Callable[[LiveRequest], None] | None = wake_first
+        """None once the sender has been told of the request."""
         self._lock = threading.Lock()
         self._outputs: list[Output] = []
         self._stream_interval = stream_interval
@@ -63,6 +70,9 @@ class LiveRequest:
         """Of each sequence, since the sender was last told. The first token finds it full."""
         self._error: CharoniaError | None = None
         self._awake = False
+        """Whether somebody is about to look at the mail."""
+        self._missed_wake = False
+        """Whether there was a reason to wake the sender since the engine's thread began to send."""
         self._handle: Any = None
         self._ended = False
 
@@ -85,7 +95,9 @@ class LiveRequest:
             if self._awake or not self._is_due(output):
                 return
             self._awake = True
-        self._wake(self)
+            first, self._wake_first = self._wake_first, None
+        wake = self._wake if first is None or output.finished else first
+        wake(self)
 
     def _is_due(self, output: Output) -> bool:
         """Whether the sender is to be told of this output, rather than of a later one."""
@@ -107,9 +119,19 @@ class LiveRequest:
     def wake_sender(self) -> None:
         """Have the sender thread look at the request, unless it is about to."""
         with self._lock:
+            self._missed_wake = self._awake
             if self._awake:
                 return
             self._awake = True
+            self._wake_first = None
+        self._wake(self)
+
+    def pass_on(self) -> None:
+        """The engine's thread is through with what `wake_first` gave it: from here on the request is its sender's."""
+        with self._lock:
+            self._awake = bool(self._outputs or self._missed_wake)
+            if not self._awake:
+                return
         self._wake(self)
 
     def start(self, parsed: ParsedRequest) -> None:
@@ -142,6 +164,12 @@ class LiveRequest:
             return handle
 
     # The sender thread's side.
+
+    def take_outputs(self) -> list[Output]:
+        """All that have come, for the engine's thread; the sender will not look before `pass_on`."""
+        with self._lock:
+            outputs, self._outputs = self._outputs, []
+            return outputs
 
     def take_mail(self) -> tuple[list[Output], CharoniaError | None]:
         """Everything that has come since the last call; a lagging sender finds several deltas here and merges them."""

@@ -1,4 +1,4 @@
-"""The threads that send responses: never the engine's, never `execute()`'s."""
+"""The threads that send responses: never `execute()`'s, and the engine's only where nobody else can be waiting."""
 
 import heapq
 import itertools
@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from charonia.errors import CharoniaError, ErrorCode, RequestCancelledError
@@ -21,10 +22,13 @@ class Responder:
     A send blocks for 70 to 190 microseconds, so a sender may lag behind the engine. Deltas that gather meanwhile leave
     as one response: clients get a response per token until a sender is saturated, and never a backlog.
 
+    The first response of a request that is alone leaves on the engine's thread: to wake another takes as long as half
+    of a send, and there is nobody whom the send could hold up. (It waits for the server, not for the client.)
+
     cancel_final_delay_s: how long after a cancellation its FINAL goes out. Servers of release 24.10 crash now and then
     when it follows at once. The stub cannot learn the server's version, so the delay always holds; nobody waits for it.
     on_closed: called on a sender thread once a request has been closed, with the error that closed it, if any.
-    abort: ends the request in the engine. stream_interval: see `EngineConfig`.
+    abort: ends the request in the engine. stream_interval: see `EngineConfig`. num_live: requests that are live.
     """
 
     def __init__(
@@ -36,7 +40,9 @@ class Responder:
         on_closed: Callable[[LiveRequest, CharoniaError | None], None],
         abort: Callable[[Any], None],
         stream_interval: int = 1,
+        num_live: Callable[[], int] | None = None,
     ) -> None:
+        self._num_live = num_live
         self._stream_interval = stream_interval
         self._senders = [
             _Sender(f"charonia-sender-{i}", utils, cancel_final_delay_s, on_closed, abort)
@@ -46,7 +52,15 @@ class Responder:
 
     def admit(self, sender: PbResponseSender) -> LiveRequest:
         """Make a request live and give it to a sender thread."""
-        return LiveRequest(sender, next(self._next_sender).wake, self._stream_interval)
+        thread = next(self._next_sender)
+        return LiveRequest(sender, thread.wake, self._stream_interval, partial(self._wake_first, thread))
+
+    def _wake_first(self, thread: "_Sender", request: LiveRequest) -> None:
+        """On the engine's thread: the first output of a request has come."""
+        if self._num_live is not None and self._num_live() == 1 and request.options.stream:
+            thread.send_first(request)
+        else:
+            thread.wake(request)
 
     def stop(self) -> None:
         """End the threads once all that was handed to them before is out."""
@@ -79,6 +93,12 @@ class _Sender:
     def wake(self, request: LiveRequest) -> None:
         """The request has mail."""
         self._inbox.put(request)
+
+    def send_first(self, request: LiveRequest) -> None:
+        """Send what has come of a request that the thread has not been told of."""
+        outputs = request.take_outputs()
+        self._guarded(request, lambda request: self._send_outputs(request, outputs))
+        request.pass_on()
 
     def stop(self) -> None:
         """End the thread once its inbox is empty and every cancelled request is closed."""
