@@ -1,6 +1,7 @@
 """What a client may send besides bodies is bounded."""
 
 import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -57,6 +58,28 @@ def test_the_answer_to_a_head_that_is_too_long(closed):
         connection.sendall(start + b"y" * (MAX_HEAD_BYTES + 1 - len(start)))
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 400 ") and b"too large" in answer
+
+
+@pytest.mark.parametrize("start", [b"", b"GET / HTTP/1.1\r\nx: "], ids=["nothing", "half a head"])
+def test_who_asks_for_nothing_is_cut_off(closed, monkeypatch, start):
+    monkeypatch.setattr("charonia_client.gateway.http_protocol.HEAD_TIMEOUT_S", 0.3)
+    with socket.create_connection(("127.0.0.1", httpx.URL(closed).port), timeout=20) as connection:
+        connection.sendall(start)
+        assert connection.recv(1) == b""
+
+
+def test_an_answer_may_take_longer_than_a_head(scripted, fake, monkeypatch):
+    def slow(request):
+        request.wait(1)
+        yield "late"
+
+    monkeypatch.setattr("charonia_client.gateway.http_protocol.HEAD_TIMEOUT_S", 0.3)
+    fake.script = slow
+    with running_gateway(GatewaySettings(triton=scripted.url)) as url, httpx.Client(base_url=url) as http:
+        for _ in range(2):
+            answer = http.post("/v1/completions", json={"prompt": "a"})
+            assert answer.json()["choices"][0]["text"] == "late"
+            time.sleep(0.6)
 
 
 def test_long_heads_and_many_requests_on_one_connection(closed):
