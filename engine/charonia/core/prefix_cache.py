@@ -21,6 +21,7 @@ class BlockHasher:
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
         self._key = secrets.token_bytes(32)
+        self._plain_root = self._root("", "")
 
     def _root(self, adapter: str, salt: str) -> BlockHash:
         """The parent of a sequence's first block."""
@@ -37,7 +38,11 @@ class BlockHasher:
         begin, end = len(hashes) * size, len(token_ids) // size * size
         if begin >= end:
             return
-        parent = hashes[-1] if hashes else self._root(adapter, salt)
+        parent = self._plain_root
+        if hashes:
+            parent = hashes[-1]
+        elif adapter or salt:
+            parent = self._root(adapter, salt)
         data = array("i", token_ids[begin:end]).tobytes()
         step, key = len(data) // (end - begin) * size, self._key
         for start in range(0, len(data), step):
