@@ -1,5 +1,6 @@
 """Grammars over the default model's tokenizer: what they allow, and what compiling them may cost."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_errors_are_remembered_and_bounded(compiler: GrammarCompiler) -> None:
 
 
 def test_what_nobody_waits_for_is_not_compiled(compiler: GrammarCompiler) -> None:
-    matcher(compiler, regex="started")
+    matcher(compiler, regex="the tokenizer is built")
     tried: list[bytes] = []
     begun, go_on = threading.Semaphore(0), threading.Event()
     sandboxes = compiler._sandboxes
@@ -177,12 +178,13 @@ def test_what_nobody_waits_for_is_not_compiled(compiler: GrammarCompiler) -> Non
 def test_a_busy_machine_is_not_the_grammars_fault(
     compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    matcher(compiler, regex="started")
+    matcher(compiler, regex="a sandbox is started")
     with monkeypatch.context() as patched:
         patched.setattr("charonia.structured.sandbox.MAX_WALL_SECONDS", 0.2)
         stopped = sandbox_processes(compiler)
+        assert stopped
         for process in stopped:
-            process.send_signal(signal.SIGSTOP)
+            stop(process)
         with pytest.raises(EngineDeadError, match="retry later"):
             matcher(compiler, regex="busy")
     for process in stopped:
@@ -200,6 +202,12 @@ def sandboxes_of(compiler: GrammarCompiler) -> Sandboxes:
     return compiler._sandboxes
 
 
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Until it is told to go on. The signal takes effect when one of its threads next runs."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 60
     while not holds():
@@ -213,7 +221,7 @@ def test_a_slow_grammar_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert matcher(compiler, regex="quick0").error is None
     assert matcher(compiler, regex="quick1").error is None
     (only,) = sandbox_processes(compiler)
-    only.send_signal(signal.SIGSTOP)
+    stop(only)
     slow = compiler.compile(StructuredOutputsParams(regex="slow"))
     wait_until(lambda: len(sandboxes_of(compiler)._idle) == THREADS - 1)
     for i in range(2, 6):
@@ -234,7 +242,7 @@ def test_shutdown_with_every_thread_at_work() -> None:
     compiler = compiler_with(sys.executable)
     matcher(compiler, regex="a")
     for process in sandbox_processes(compiler):
-        process.send_signal(signal.SIGSTOP)
+        stop(process)
     waiting = [compiler.compile(StructuredOutputsParams(regex=f"a{i}")) for i in range(2 * THREADS)]
     compiler.shutdown()
     assert all(future.done() for future in waiting) and sandbox_processes(compiler) == []
