@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -57,6 +58,19 @@ def post(server: TritonServer, text: str, *, path: str = "generate", stream: boo
 
 def shared_memory(server: TritonServer) -> list[str]:
     return [path.name for path in Path("/dev/shm").glob(f"{server.shm_prefix}*")]
+
+
+def test_listens_on_an_ipv6_address(tmp_path: Path) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with make_server(make_repository(tmp_path), host="::1") as server:
+        assert json.loads(post(server, "hello"))["text_output"] == "hello"
+        with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as metrics:
+            assert metrics.status == 200
+        with triton.InferenceServerClient(server.grpc_url) as client:
+            assert client.is_model_ready("llm")
 
 
 def test_serves_and_leaves_nothing(tmp_path: Path) -> None:

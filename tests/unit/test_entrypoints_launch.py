@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from charonia.entrypoints import triton_binary
 from charonia.entrypoints.launch_error import LaunchError
-from charonia.entrypoints.ports import PortUse, check_ports, connect_host, http_status
+from charonia.entrypoints.ports import PortUse, check_ports, connect_address, connect_host, http_status
 from charonia.entrypoints.processes import (
     LAUNCH_MARK,
     LaunchToken,
@@ -204,6 +204,9 @@ class TestPorts:
         assert http_status("0.0.0.0", port, "/", timeout_s=1) is None
         assert connect_host("0.0.0.0") == "127.0.0.1"
         assert connect_host("10.1.2.3") == "10.1.2.3"
+        assert [connect_address(host, 1) for host in ("::", "fe80::2", "0.0.0.0", "box")] == [
+            "[::1]:1", "[fe80::2]:1", "127.0.0.1:1", "box:1",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ["nowhere/log", "."])

@@ -133,6 +133,18 @@ class TestRepository:
             assert deployment.runtime_dir.stat().st_mode & 0o777 == 0o700
         assert not deployment.folder.exists()
 
+    def test_folders_are_named_as_the_stubs_can_open_them(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The embedded Python of a stub takes ASCII alone, and reads relative names from the model's folder."""
+        model, tokenizer = make_checkpoint(tmp_path / "modèle"), make_checkpoint(tmp_path / "tokenizer")
+        monkeypatch.chdir(tmp_path)
+        with Deployment(ServeSettings(model="modèle", engine={"tokenizer": "tokenizer"})) as deployment:
+            settings = json.loads((deployment.folder / "repository/llm/1/model.json").read_text())
+            assert settings["model"].isascii() and Path(settings["model"]).resolve() == model
+            assert settings["tokenizer"] == str(tokenizer)
+        assert model.is_dir()
+
 
 class TestCommand:
     def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

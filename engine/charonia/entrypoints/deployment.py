@@ -58,6 +58,8 @@ class Deployment:
         needs_weights = settings.engine.get("load_format") != "dummy"
         model = check_checkpoint(settings.model, needs_weights=needs_weights)
         self._engine = {"model": str(model), **settings.engine}
+        if isinstance(tokenizer := self._engine.get("tokenizer"), str):
+            self._engine["tokenizer"] = str(Path(tokenizer).expanduser().absolute())
         EngineConfig.from_mapping(self._engine)
         check_model_name(settings.model_name)
         self.folder = launch_folder(LaunchToken.fresh(), "serve")
@@ -67,7 +69,7 @@ class Deployment:
         build_repository(
             self.folder / "repository",
             model_name=self.settings.model_name,
-            settings=self._engine,
+            settings=self._engine | self._ascii_paths(),
             instances=self.settings.instances,
             runtime_dir=self.runtime_dir,
             parameters=self.settings.parameters,
@@ -78,6 +80,17 @@ class Deployment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _ascii_paths(self) -> dict[str, str]:
+        """Links to those folders of the settings whose names the server's stubs cannot open: outside ASCII."""
+        links: dict[str, str] = {}
+        for key in ("model", "tokenizer"):
+            target = self._engine.get(key)
+            if isinstance(target, str) and not target.isascii():
+                link = self.folder / key
+                link.symlink_to(target)
+                links[key] = str(link)
+        return links
 
     @property
     def runtime_dir(self) -> Path:

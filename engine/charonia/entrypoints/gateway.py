@@ -12,7 +12,7 @@ from pathlib import Path
 
 from charonia.entrypoints.engine_flags import engine_settings
 from charonia.entrypoints.launch_error import LaunchError
-from charonia.entrypoints.ports import connect_host, http_status
+from charonia.entrypoints.ports import connect_address, http_status
 from charonia.entrypoints.processes import one_for_four_cores
 from charonia.entrypoints.server_log import ServerLog
 from charonia.entrypoints.spawn import spawn_tied
@@ -40,7 +40,7 @@ class GatewaySettings:
     @property
     def url(self) -> str:
         """Where clients connect."""
-        return f"http://{connect_host(self.host)}:{self.port}"
+        return f"http://{connect_address(self.host, self.port)}"
 
 
 def add_gateway_flags(parser: argparse.ArgumentParser) -> None:

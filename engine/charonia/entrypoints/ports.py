@@ -95,6 +95,12 @@ def connect_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
 
 
+def connect_address(host: str, port: int) -> str:
+    """`host:port` for clients of a server that listens on `host`; an IPv6 address stands in brackets."""
+    name = connect_host(host)
+    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+
+
 def http_status(host: str, port: int, path: str, *, timeout_s: float) -> int | None:
     """Status code of `GET path`, or None where nothing answers within the timeout."""
     connection = http.client.HTTPConnection(connect_host(host), port, timeout=timeout_s)

@@ -15,7 +15,7 @@ from charonia.entrypoints.deployment import Deployment, ServeSettings
 from charonia.entrypoints.engine_flags import add_engine_flags, engine_settings
 from charonia.entrypoints.fetch_model import prepare_default_model
 from charonia.entrypoints.gateway import GatewayProcess, GatewaySettings, add_gateway_flags, gateway_settings
-from charonia.entrypoints.ports import PortUse, check_ports, connect_host
+from charonia.entrypoints.ports import PortUse, check_ports, connect_address
 from charonia.entrypoints.processes import one_for_four_cores
 from charonia.entrypoints.progress import Progress
 from charonia.entrypoints.supervisor import StopRequest, Supervised, Supervisor
@@ -183,7 +183,7 @@ def _gateway(
     check_ports(settings.host, [*settings.ports, PortUse("gateway", wanted.port, "--gateway-port")])
     return GatewayProcess(
         wanted,
-        triton=f"{connect_host(settings.host)}:{settings.grpc_port}",
+        triton=connect_address(settings.host, settings.grpc_port),
         model=settings.model_name,
         folder=deployment.folder,
         log_path=deployment.log_path,

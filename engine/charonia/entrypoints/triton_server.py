@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from charonia.entrypoints.launch_error import LaunchError
-from charonia.entrypoints.ports import PortUse, check_ports, connect_host, http_status
+from charonia.entrypoints.ports import PortUse, check_ports, connect_address, http_status
 from charonia.entrypoints.processes import (
     LAUNCH_MARK,
     LaunchToken,
@@ -95,17 +95,17 @@ class TritonServer:
     @property
     def http_url(self) -> str:
         """Where HTTP clients connect, `host:port`."""
-        return f"{connect_host(self.host)}:{self.http_port}"
+        return connect_address(self.host, self.http_port)
 
     @property
     def grpc_url(self) -> str:
         """Where gRPC clients connect, `host:port`."""
-        return f"{connect_host(self.host)}:{self.grpc_port}"
+        return connect_address(self.host, self.grpc_port)
 
     @property
     def metrics_url(self) -> str:
         """Where Prometheus scrapes `/metrics`, `host:port`."""
-        return f"{connect_host(self.host)}:{self.metrics_port}"
+        return connect_address(self.host, self.metrics_port)
 
     def start(self) -> None:
         """Start the server and return at once.
@@ -135,15 +135,18 @@ class TritonServer:
             raise
 
     def _arguments(self) -> list[str]:
+        # The server's HTTP and gRPC libraries want an IPv6 address marked, each in its own way.
+        is_ipv6 = ":" in self.host
+        http_host, grpc_host = (f"ipv6:{self.host}", f"[{self.host}]") if is_ipv6 else (self.host, self.host)
         return [
             f"--model-repository={self.repository}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--backend-config=python,thread-pool-size={_thread_pool_size()}",
-            f"--http-address={self.host}",
+            f"--http-address={http_host}",
             f"--http-port={self.http_port}",
-            f"--grpc-address={self.host}",
+            f"--grpc-address={grpc_host}",
             f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={self.host}",
+            f"--metrics-address={http_host}",
             f"--metrics-port={self.metrics_port}",
             f"--exit-timeout-secs={self.exit_timeout_s}",
         ]
