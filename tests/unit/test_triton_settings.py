@@ -75,6 +75,12 @@ def test_a_wrong_model_json_says_what_is_wrong(tmp_path: Path) -> None:
     assert "model" in complaint(instance(tmp_path, model_json={}))
 
 
+def test_a_path_that_this_python_cannot_open_is_told_as_such(tmp_path: Path) -> None:
+    """In a stub that is every one outside ASCII; here, one that is no text."""
+    assert "cannot open '/m\\ud800'" in complaint(instance(tmp_path, model_json='{"model": "/m\\ud800"}'))
+    assert "'tokenizer'" in complaint(instance(tmp_path, model_json={"model": "/m", "tokenizer": "\ud800"}))
+
+
 def test_the_instance_kind_decides_on_the_device(tmp_path: Path) -> None:
     settings = {"model": "m"}
     assert read(instance(tmp_path, "MODEL", settings)).device == "auto"

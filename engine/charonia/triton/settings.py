@@ -172,12 +172,24 @@ def read_engine_config(
         settings["model"] = str(default_model())
     for key in ("model", "tokenizer"):
         if isinstance(settings.get(key), str):
-            settings[key] = str(instance.version_dir / settings[key])
+            settings[key] = _openable(key, str(instance.version_dir / settings[key]))
     _fit_device(settings, instance.kind)
     config = EngineConfig.from_mapping(settings)
     for text in arguments.warnings:
         warn(text)
     return config
+
+
+def _openable(key: str, path: str) -> str:
+    """The path itself. The Python within a stub may be one whose file names are ASCII, whatever the locale says."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"engine setting {key!r}: the Python of this Triton stub cannot open {path!a}; name a link to it whose "
+            "own path is ASCII"
+        ) from None
+    return path
 
 
 def _world_size(values: Mapping[str, Any]) -> int:
