@@ -1,9 +1,13 @@
 """Completions, embeddings, tokens and models through the official client."""
 
+import time
+
 import httpx
 import openai
 import pytest
 from charonia_client.gateway.logprobs import CompletionLogprobs
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def test_a_text(client, fake):
@@ -152,6 +156,44 @@ def test_offsets_where_text_comes_after_its_tokens():
         position = {"1": {"logprob": -1.0, "rank": 1, "decoded_token": token}}
         found += pieces.piece(text, [position])["text_offset"]
     assert found == [0, 5, 8]
+
+
+def test_offsets_of_many_tokens_take_linear_time():
+    """Of a long answer at once, and of tokens that are never shown."""
+    positions = [{"1": {"logprob": -1.0, "rank": 1, "decoded_token": token}} for token in ("<s>", "word ")]
+    before = time.process_time()
+    whole = CompletionLogprobs(1).piece("word " * 100_000, positions[1:] * 100_000)["text_offset"]
+    hidden = CompletionLogprobs(1)
+    for _ in range(100_000):
+        hidden.piece("", positions[:1])
+    assert time.process_time() - before < 15
+    assert whole == list(range(0, 500_000, 5))
+
+
+PIECES = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b", " a", "ab", "EN", "D", "\n", "\n\n", " the", "é", " END"]),
+        st.integers(0, 5),
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PIECES)
+def test_offsets_are_right_however_late_the_text_comes(pieces):
+    """Each token comes with its number of characters held back."""
+    logprobs = CompletionLogprobs(1)
+    text, sent, found, starts = "", 0, [], []
+    for token, held in pieces:
+        starts.append(len(text))
+        text += token
+        end = max(sent, len(text) - held)
+        position = {"1": {"logprob": -1.0, "rank": 1, "decoded_token": token}}
+        found += logprobs.piece(text[sent:end], [position])["text_offset"]
+        sent = end
+    assert found == starts
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ from charonia_client.gateway.generation import PositionLogprobs
 _MAX_GAP = 32
 """Characters of the text that tokens may leave out, such as one that several tokens make together."""
 
+_MAX_OWED = 4096
+"""Characters of tokens without any text after which they are taken for such as are not shown."""
+
 
 def chat_logprobs(positions: Sequence[PositionLogprobs], num_top: int) -> dict[str, Any]:
     """The `logprobs` of a chat choice. num_top: how many of the most likely tokens to list at each position."""
@@ -49,8 +52,11 @@ class CompletionLogprobs:
         self._num_top = num_top
         self._first_token = first_token
         self._offset = 0
-        self._rest = ""
-        """Text behind `_offset`, whose tokens are yet to come."""
+        self._text = ""
+        self._start = 0
+        """In `_text`, where the text begins whose tokens are yet to come; it begins at `_offset` of the whole."""
+        self._owed = ""
+        """If none is left: text of tokens that is yet to come, as where a stop string may begin."""
         self._lost = False
         """Whether there may be a gap between `_offset` and the next token."""
 
@@ -76,15 +82,42 @@ class CompletionLogprobs:
         }  # fmt: skip
 
     def _offsets(self, text: str, tokens: Sequence[str]) -> list[int]:
-        rest, end = self._rest + text, 0
-        offsets: list[int] = []
-        for token in tokens:
-            reach = end + len(token) + (_MAX_GAP if self._lost else 0)
-            found = rest.find(token, end, reach) if token else -1
-            self._lost = found < 0
-            offsets.append(self._offset + (end if self._lost else found))
-            if not self._lost:
-                end = found + len(token)
-        self._offset += end
-        self._rest = rest[end:]
-        return offsets
+        self._take_text(text)
+        return [self._take_token(token) for token in tokens]
+
+    def _take_text(self, text: str) -> None:
+        due = min(len(text), len(self._owed))
+        if text[:due] != self._owed[:due]:
+            # A token was none of the text, or is not written there as it is alone.
+            due, self._owed, self._lost = 0, "", True
+        self._offset += due
+        self._owed = self._owed[due:]
+        self._text = self._text[self._start :] + text[due:]
+        self._start = 0
+
+    def _take_token(self, token: str) -> int:
+        """Where the token begins."""
+        if self._owed:
+            begin = self._offset + len(self._owed)
+            self._owed += token
+            if len(self._owed) > _MAX_OWED:
+                self._owed, self._lost = "", True
+            return begin
+        reach = self._start + len(token) + (_MAX_GAP if self._lost else 0)
+        found = self._text.find(token, self._start, reach) if token else -1
+        self._lost = found < 0
+        if self._lost:
+            begin = self._offset
+            if token.startswith(self._text[self._start : self._start + len(token) + 1]):
+                known = len(self._text) - self._start
+                self._owed = token[known:]
+                self._advance(known)
+            return begin
+        self._advance(found - self._start)
+        begin = self._offset
+        self._advance(len(token))
+        return begin
+
+    def _advance(self, length: int) -> None:
+        self._start += length
+        self._offset += length
