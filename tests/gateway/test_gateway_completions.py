@@ -233,7 +233,6 @@ def test_one_failing_prompt_fails_the_answer(client, fake):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_many_prompts_take_turns(client, fake, stream, monkeypatch):
-    monkeypatch.setattr("charonia_client.gateway.completion.MAX_CONCURRENT", 3)
     monkeypatch.setattr("charonia_client.gateway.merge.MAX_CONCURRENT", 3)
     live: set[str] = set()
     most = 0

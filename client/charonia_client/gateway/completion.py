@@ -1,6 +1,5 @@
 """Text completions: one request to the model for each prompt, whole or as one stream."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from charonia_client.gateway.context import RequestContext
 from charonia_client.gateway.echo import PromptEcho, prompt_echoes
 from charonia_client.gateway.generation import Generation, SequenceDelta, TokenCounts
 from charonia_client.gateway.logprobs import CompletionLogprobs, trimmed
-from charonia_client.gateway.merge import MAX_CONCURRENT, merged
+from charonia_client.gateway.merge import merged, results
 from charonia_client.gateway.outputs import output_flags
 from charonia_client.gateway.protocol import CompletionRequest
 from charonia_client.gateway.sampling_defaults import recommended_sampling
@@ -86,29 +85,18 @@ async def answer_completion(
     model: TritonModel, request: CompletionRequest, plans: Sequence[PromptPlan]
 ) -> tuple[list[dict[str, Any]], TokenCounts]:
     """The choices, prompt by prompt, and the counts of all."""
-    tasks: list[asyncio.Task[tuple[list[dict[str, Any]], TokenCounts]]] = []
-    room = asyncio.Semaphore(MAX_CONCURRENT)
-    try:
-        async with asyncio.TaskGroup() as group:
-            for number, plan in enumerate(plans):
-                tasks.append(group.create_task(_answer_one(model, request, plan, number, room)))
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    counts = TokenCounts()
-    for task in tasks:
-        counts += task.result()[1]
-    return [choice for task in tasks for choice in task.result()[0]], counts
 
+    async def answer(number: int) -> tuple[list[dict[str, Any]], TokenCounts]:
+        generation = _generation(model, request, plans[number])
+        choices: list[dict[str, Any]] = []
+        async with aclosing(generation.deltas()) as responses:
+            async for deltas in responses:
+                choices += [_choice(request, plans[number], delta, number, generation) for delta in deltas]
+        return choices, generation.counts
 
-async def _answer_one(
-    model: TritonModel, request: CompletionRequest, plan: PromptPlan, number: int, room: asyncio.Semaphore
-) -> tuple[list[dict[str, Any]], TokenCounts]:
-    generation = _generation(model, request, plan)
-    choices: list[dict[str, Any]] = []
-    async with room, aclosing(generation.deltas()) as responses:
-        async for deltas in responses:
-            choices += [_choice(request, plan, delta, number, generation) for delta in deltas]
-    return choices, generation.counts
+    answers = await results(answer, range(len(plans)))
+    counts = sum((counts for _, counts in answers), TokenCounts())
+    return [choice for choices, _ in answers for choice in choices], counts
 
 
 def _generation(model: TritonModel, request: CompletionRequest, plan: PromptPlan) -> Generation:

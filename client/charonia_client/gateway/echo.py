@@ -1,11 +1,10 @@
 """What the answer to a completion tells of its prompt."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from charonia_client.gateway.context import RequestContext
-from charonia_client.gateway.merge import MAX_CONCURRENT
+from charonia_client.gateway.merge import results
 from charonia_client.gateway.protocol import CompletionRequest
 from charonia_client.gateway.triton_model import TritonModel
 
@@ -25,22 +24,15 @@ class PromptEcho:
 async def prompt_echoes(
     request: CompletionRequest,
     model: TritonModel,
-    prompts: Sequence[str] | Sequence[list[int]],
+    prompts: Sequence[str | list[int]],
     context: RequestContext,
 ) -> list[PromptEcho]:
     """One for each prompt; the model is asked for what only a tokenizer knows."""
-    room = asyncio.Semaphore(MAX_CONCURRENT)
 
     async def one(prompt: str | list[int]) -> PromptEcho:
-        async with room:
-            return await _prompt_echo(request, model, prompt, context)
+        return await _prompt_echo(request, model, prompt, context)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(prompt)) for prompt in prompts]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return await results(one, prompts)
 
 
 async def _prompt_echo(

@@ -1,10 +1,11 @@
-"""Several asynchronous streams as one."""
+"""What one request of a client asks of the model in parts: the parts' results, or their streams as one."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 MAX_CONCURRENT = 64
@@ -12,6 +13,22 @@ MAX_CONCURRENT = 64
 
 _MAX_WAITING = 16
 """Items that may wait for the reader."""
+
+
+async def results(work: Callable[[S], Awaitable[T]], parts: Iterable[S]) -> list[T]:
+    """What `work` makes of each part, in order; `MAX_CONCURRENT` run at a time. The first error ends all of them."""
+    room = asyncio.Semaphore(MAX_CONCURRENT)
+
+    async def one(part: S) -> T:
+        async with room:
+            return await work(part)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(part)) for part in parts]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

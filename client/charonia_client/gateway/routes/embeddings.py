@@ -1,6 +1,5 @@
 """POST /v1/embeddings."""
 
-import asyncio
 import base64
 import json
 import struct
@@ -12,7 +11,7 @@ from pydantic_core import to_json as to_json_bytes
 from charonia_client.errors import InternalServerError
 from charonia_client.gateway.context import RequestContext, context_of
 from charonia_client.gateway.gateway_state import gateway_of
-from charonia_client.gateway.merge import MAX_CONCURRENT
+from charonia_client.gateway.merge import results
 from charonia_client.gateway.protocol import EmbeddingRequest
 from charonia_client.gateway.sse import unless_disconnected
 from charonia_client.gateway.triton_model import TritonModel, checked_text, to_json
@@ -26,11 +25,11 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """One vector for each input, in order."""
     gateway, context = gateway_of(request), context_of(request)
     name = gateway.served_name(body.model)
-    results = await unless_disconnected(request, _embed_all(gateway.model, body, context))
-    num_tokens = sum(tokens for _, tokens in results)
+    vectors = await unless_disconnected(request, _embed_all(gateway.model, body, context))
+    num_tokens = sum(tokens for _, tokens in vectors)
     data = [
         {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-        for index, (vector, _) in enumerate(results)
+        for index, (vector, _) in enumerate(vectors)
     ]
     answer = {
         "object": "list",
@@ -45,20 +44,13 @@ async def _embed_all(
     model: TritonModel, body: EmbeddingRequest, context: RequestContext
 ) -> list[tuple[list[float], int]]:
     """Vector and number of tokens of each input."""
-    room = asyncio.Semaphore(MAX_CONCURRENT)
     inputs = body.inputs()
 
     async def embed(number: int) -> tuple[list[float], int]:
-        async with room:
-            part = number if len(inputs) > 1 else None
-            return await _embed(model, inputs[number], body.dimensions, context, part)
+        part = number if len(inputs) > 1 else None
+        return await _embed(model, inputs[number], body.dimensions, context, part)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(embed(number)) for number in range(len(inputs))]
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    return await results(embed, range(len(inputs)))
 
 
 async def _embed(
