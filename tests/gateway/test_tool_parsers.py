@@ -296,10 +296,6 @@ class TestRequired:
     def test_other_text_is_content(self, text: str, name: str | None) -> None:
         assert self.totals(text, name) == Total(content=text)
 
-    def test_a_known_reasoning_comes_first(self) -> None:
-        parser = parse_required_tool_calls(name="add", reasoning_parser="qwen3")
-        assert total(parser, "<think>hm</think>{}") == Total("", "hm", ["add"], ["{}"])
-
 
 def test_calls_past_the_cap_are_content() -> None:
     result = parsed("hermes", HERMES.format(call("add", "{}")) * 130)

@@ -120,20 +120,15 @@ def make_parser(
     return OutputParser(builder, machine, _splitter(reasoning_parser, opened=prompt_opens_reasoning))
 
 
-def parse_required_tool_calls(
-    *, name: str | None = None, tool_parser: str | None = None, reasoning_parser: str | None = None
-) -> OutputParser:
-    """Return a parser for one sequence that a grammar holds to tool calls.
+def parse_required_tool_calls(*, name: str | None = None, tool_parser: str | None = None) -> OutputParser:
+    """Return a parser for one sequence that a grammar holds to tool calls, from its first token on.
 
     Args:
         name: the function that the request names: the text is its arguments. None: the text is a JSON array of
             ``{"name": ..., "parameters": {...}}``.
         tool_parser: the model's format, which decides on what identities look like.
-        reasoning_parser: a name in `REASONING_PARSERS` if reasoning comes in front of the calls.
-
-    Raises:
-        ValueError: a name is unknown.
     """
     builder = _builder(tool_parser)
-    machine = RequiredMachine(builder) if name is None else NamedMachine(builder, name)
-    return OutputParser(builder, machine, _splitter(reasoning_parser, opened=False))
+    return OutputParser(
+        builder, RequiredMachine(builder) if name is None else NamedMachine(builder, name), None
+    )
