@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from charonia.core.histogram import Histogram
 from charonia.triton.metric_families import Family
-from charonia.triton.pb import PbMetric, TritonUtils
+from charonia.triton.pb import PbMetric, TritonUtils, keep_forever
 
 
 class MetricRegistry:
@@ -60,14 +60,6 @@ class MetricRegistry:
             self._get(name + "_count").increment(count)
             self._get(name + "_sum").increment(added.sum)
 
-    def close(self) -> None:
-        """Give the series back to the server, which drops those that no other instance shares.
-
-        A stub that still holds one when its interpreter ends dies of a segmentation fault (seen with release 24.10).
-        """
-        self._series.clear()
-        self._makers.clear()
-
     def _declare_buckets(self, family: Family) -> None:
         for name in family.exported_names:
             self._make_family("counter", name, family.help)
@@ -77,7 +69,7 @@ class MetricRegistry:
             self._get(family.name + suffix)
 
     def _make_family(self, kind: str, name: str, text: str) -> None:
-        self._makers[name] = self._utils.metric_family(kind, name, text).Metric
+        self._makers[name] = keep_forever(self._utils.metric_family(kind, name, text)).Metric
 
     def _get(self, name: str, label: str = "", value: str = "") -> PbMetric:
         """A series, made when it is first asked for."""
@@ -86,7 +78,7 @@ class MetricRegistry:
             labels = self._labels | ({label: value} if label else {})
             family = self._families.get(name)
             extra = {"buckets": list(family.bounds)} if family is not None and family.bounds else {}
-            series = self._series[name, value] = self._makers[name](labels=labels, **extra)
+            series = self._series[name, value] = keep_forever(self._makers[name](labels=labels, **extra))
         return series
 
 

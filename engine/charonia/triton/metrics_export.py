@@ -184,12 +184,10 @@ class MetricsExporter:
         self._wake.set()
 
     def stop(self) -> None:
-        """Push one last time, end the thread and let go of the series."""
+        """Push one last time and end the thread."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
-        for registry in (self._registry, self._engine_registry):
-            registry.close()
         self._lock.release()
 
     def _run(self) -> None:

@@ -1,9 +1,10 @@
 """The one door to `triton_python_backend_utils`, a module that exists nowhere but inside a Python-backend stub."""
 
+import ctypes
 import importlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from charonia.errors import ConfigError, ErrorCode
 
 AnyArray = npt.NDArray[Any]
+T = TypeVar("T")
 
 
 class PbTensor(Protocol):
@@ -76,6 +78,16 @@ class PbMetric(Protocol):
 
     def observe(self, value: float) -> None:
         """Add an observation to a histogram."""
+
+
+def keep_forever(metric: T) -> T:
+    """The same family or series, which this process will never free.
+
+    Freed while the stub runs, it takes the series from the server, even where a newer instance of the model pushes to
+    it; freed when the interpreter ends, the stub dies of a segmentation fault. Both were seen with release 24.10.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(metric))
+    return metric
 
 
 class TritonUtils:
