@@ -301,7 +301,7 @@ def _chat_flag(fields: Mapping[str, Any], key: str, *, default: bool) -> bool:
 
 def _flag(array: AnyArray, name: str) -> bool:
     """A boolean input."""
-    if array.size != 1 or array.dtype != np.bool_:
+    if array.size != 1 or array.dtype.char != "?":
         raise InvalidRequestError(
             f"input {name!r} must be one BOOL, got {array.dtype} of shape {list(array.shape)}"
         )
