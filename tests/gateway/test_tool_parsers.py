@@ -124,6 +124,13 @@ class TestHermes:
     def test_a_closing_brace_may_be_missing(self, closing: str) -> None:
         assert parsed("hermes", f"<tool_call>{call()[:-1]}{closing}") == one_call()
 
+    @pytest.mark.parametrize("tail", ["}", "}\n}", ",}", "]"])
+    def test_brackets_between_a_call_and_its_closing_tag_go_with_it(self, tail: str) -> None:
+        for closing in ("</tool_call>", "</tool"):
+            assert parsed("hermes", f"<tool_call>{call()}{tail}\n{closing}") == one_call()
+        text = f"<tool_call>{call()}{tail} is no tail"
+        assert parsed("hermes", text) == one_call(content=f"{tail} is no tail")
+
     def test_arguments_that_are_cut_short(self) -> None:
         text = '<tool_call>{"name": "add", "arguments": {"a": "12'
         assert parsed("hermes", text) == one_call("add", '{"a": "12')
@@ -258,6 +265,9 @@ class TestQwen3Coder:
     def test_missing_closing_tags(self) -> None:
         text = "<function=f><parameter=a>x\n<parameter=b>y</function>"
         assert parsed("qwen3_coder", text) == one_call("f", '{"a": "x", "b": "y"}')
+        text = "<tool_call>\n<function=f>\n<parameter=a>\nx\n</parameter>\n</tool_call>"
+        assert parsed("qwen3_coder", text) == one_call("f", '{"a": "x"}')
+        assert parsed("qwen3_coder", "<tool_call>\n<function=f>\n</tool_call>") == one_call("f", "{}")
 
     def test_cut_short(self) -> None:
         text = "<function=f><parameter=a>x</parameter><parameter=b>say </para"

@@ -1,5 +1,7 @@
 """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``: Hermes, Qwen2.5 and Qwen3, SmolLM."""
 
+import re
+
 from charonia_client.gateway.parsers.deltas import DeltaBuilder
 from charonia_client.gateway.parsers.machine import ToolMachine
 from charonia_client.gateway.parsers.markers import MarkerFinder
@@ -7,6 +9,8 @@ from charonia_client.gateway.parsers.markers import MarkerFinder
 _OPENING = "<tool_call>"
 _CLOSING = "</tool_call>"
 _FINDER = MarkerFinder([_OPENING])
+_TAIL = re.compile(r"[\s}\],]*")
+"""What may stand between a call and its closing tag, and goes with it: models miscount their braces."""
 
 
 class HermesMachine(ToolMachine):
@@ -24,19 +28,24 @@ class HermesMachine(ToolMachine):
         return True
 
     def _after_call(self) -> bool:
-        if not self.take_space():
+        tail = _TAIL.match(self.text, self.position)
+        self.hold(tail.end() if tail else self.position)
+        if self.position == len(self.text):
             return False
         closed = self.is_next(_CLOSING)
         if closed is None:
             return False
         if closed:
-            self.builder.drop_space()
+            self.drop_held()
             self.position += len(_CLOSING)
+        else:
+            self.give_up()
         self.state = self._in_content
         return True
 
     def finish(self) -> None:
         """The text is over; a closing tag that was cut short is no content."""
-        if self.state == self._after_call and self.is_next(_CLOSING) is None:
+        if self.state == self._after_call and self.position < len(self.text):
+            self.drop_held()
             self.position = len(self.text)
         super().finish()

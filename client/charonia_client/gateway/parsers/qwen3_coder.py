@@ -152,7 +152,7 @@ class Qwen3CoderMachine(ToolMachine):
     def _in_body(self) -> bool:
         if not self.hold_space():
             return False
-        for marker in (_PARAMETER, _FUNCTION_END):
+        for marker in (_PARAMETER, _FUNCTION_END, _CALL_END):
             found = self.is_next(marker)
             if found is None:
                 return False
@@ -162,16 +162,16 @@ class Qwen3CoderMachine(ToolMachine):
         return self._fail()
 
     def _take_body_marker(self, marker: str) -> bool:
+        self.drop_held()
         if marker == _PARAMETER:
-            self.drop_held()
             self.hold(self.position + len(marker))
             self._name = ""
             self.state = self._in_parameter_name
-        else:
-            self.drop_held()
+            return True
+        if marker == _FUNCTION_END:
             self.position += len(marker)
-            self._end_arguments()
-            self.state = self._after_function
+        self._end_arguments()
+        self.state = self._after_function
         return True
 
     def _end_arguments(self) -> None:
