@@ -71,7 +71,10 @@ def _add_server_flags(group: "argparse._ArgumentGroup") -> None:
         help="require this key (or another one) on every route but /health; other users see it in the process list",
     )
     group.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="the same, with one key a line; # begins a comment"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="the same, with one key a line; # at its start or after a space begins a comment",
     )
     group.add_argument(
         "--allowed-origin",

@@ -67,7 +67,10 @@ def add_gateway_flags(parser: argparse.ArgumentParser) -> None:
         help="require this key on every route but /health; it guards the gateway, not Triton's own ports",
     )
     group.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="the same, one key a line; # begins a comment"
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="the same, one key a line; # at its start or after a space begins a comment",
     )
     group.add_argument(
         "--tool-parser",
