@@ -43,6 +43,11 @@ class TestSettings:
         assert settings.keys == ("k",)
         assert settings.url == "http://127.0.0.1:1"
 
+    @pytest.mark.parametrize("key", ["", " ", "two words", "pass\n", "#x"])
+    def test_keys_that_a_file_cannot_hold(self, key: str) -> None:
+        with pytest.raises(LaunchError, match="API key must not"):
+            gateway_settings(parse("--api-key=right", f"--api-key={key}"), print)
+
     def test_off(self) -> None:
         assert gateway_settings(parse("--gateway-port=0"), print) is None
 

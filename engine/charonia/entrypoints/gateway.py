@@ -113,6 +113,9 @@ def gateway_settings(options: argparse.Namespace, report: Callable[[str], None])
             raise LaunchError(text)
         report(f"No OpenAI API: {text}")
         return None
+    # They travel in a file, one a line, where # begins a comment.
+    if any(key.startswith("#") or key.split() != [key] for key in options.api_key):
+        raise LaunchError("an API key must not be empty, begin with # or have white space in it")
     flags = [f"--workers={options.gateway_workers}"]
     if options.generation_config is not None:
         flags.append(f"--generation-config={options.generation_config}")
