@@ -1,5 +1,6 @@
 """Loading, unloading and ending: configurations, several instances, drain, idle streams."""
 
+import json
 import os
 import re
 import shutil
@@ -109,6 +110,11 @@ def test_a_model_that_is_not_decoupled_fails_to_load(explicit: tuple[TritonServe
     assert "decoupled" in answer.json()["error"]
 
 
+def metric_values(server: TritonServer, name: str, model: str) -> list[str]:
+    text = httpx.get(f"http://{server.metrics_url}/metrics").text
+    return re.findall(rf'^{name}{{[^}}]*model="{model}"[^}}]*}} (\S+)$', text, re.MULTILINE)
+
+
 def test_two_instances_share_the_work_and_the_metrics(explicit: tuple[TritonServer, Path]) -> None:
     server, repository = explicit
     config = TEMPLATE.read_text().replace('name: "llm"', 'name: "twice"').replace("count: 1", "count: 2")
@@ -123,9 +129,8 @@ def test_two_instances_share_the_work_and_the_metrics(explicit: tuple[TritonServ
         f"id{i}": f"r{i} b c" for i in range(40)
     }
 
-    def metric(pattern: str) -> list[str]:
-        text = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics").text
-        return re.findall(rf'^{pattern}{{[^}}]*model="twice"[^}}]*}} (\S+)$', text, re.MULTILINE)
+    def metric(name: str) -> list[str]:
+        return metric_values(server, name, "twice")
 
     # Frontend counters add up; the engine's counters and gauges come from one instance alone.
     eventually(lambda: sum(map(float, metric("charonia_requests_total"))) == 40)
@@ -133,6 +138,28 @@ def test_two_instances_share_the_work_and_the_metrics(explicit: tuple[TritonServ
     assert metric("charonia_kv_cache_blocks_used") == ["7"]
     unload(server, "twice")
     eventually(lambda: len(events("shutdown")) == 2)
+
+
+def test_a_reload_goes_on_counting(explicit: tuple[TritonServer, Path]) -> None:
+    """The new instance declares its series while the old one still has the same."""
+    server, repository = explicit
+    events = Events(add_model(repository, "again"))
+
+    def count() -> float:
+        return sum(map(float, metric_values(server, "charonia_requests_total", "again")))
+
+    for number in (1, 2, 3):
+        engine = {"model": "scripted", "max_num_seqs": number}  # a changed file is what makes it load anew
+        (repository / "again" / "1" / "model.json").write_text(json.dumps(engine))
+        assert load(server, "again").status_code == 200
+        eventually(lambda number=number: len(events("shutdown")) == number - 1)
+        with GrpcStream(server.grpc_url) as stream:
+            stream.send(tensors("a b"), model="again")
+            stream.collect()
+        eventually(lambda number=number: count() == number)
+    unload(server, "again")
+    eventually(lambda: len(events("shutdown")) == 3)
+    assert count() == 3
 
 
 def test_a_server_that_warmed_its_model_up_still_gets_its_drain(tmp_path: Path) -> None:
