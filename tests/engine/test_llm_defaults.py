@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from charonia import LLM, SamplingParams
-from charonia.errors import InvalidRequestError
+from charonia.errors import InvalidRequestError, UnsupportedError
 from support.engines import tiny_model_dir
 
 
@@ -30,3 +30,11 @@ def test_what_is_no_prompt_or_no_parameters_is_told(llm: LLM) -> None:
     for prompts, params in wrong:
         with pytest.raises(InvalidRequestError, match=r"a prompt must be|sampling_params must be"):
             llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_what_a_prompt_cannot_bring_is_not_dropped(llm: LLM) -> None:
+    picture = {"prompt": "What is this?", "multi_modal_data": {"image": object()}}
+    with pytest.raises(UnsupportedError, match="'multi_modal_data' is not supported"):
+        llm.generate([picture], use_tqdm=False)
+    (output,) = llm.generate({"prompt": "Hi", "multi_modal_data": None}, use_tqdm=False)
+    assert output.finished

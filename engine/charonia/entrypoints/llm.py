@@ -14,7 +14,7 @@ from charonia.core.stats import EngineStats
 from charonia.entrypoints.interrupt import deferred_interrupt
 from charonia.entrypoints.offline_batch import Live, OfflineBatch, Output
 from charonia.entrypoints.offline_settings import each_sampling, offline_config
-from charonia.errors import EngineDeadError, InvalidRequestError
+from charonia.errors import EngineDeadError, InvalidRequestError, UnsupportedError
 from charonia.model_config import ModelConfig
 from charonia.outputs import EmbeddingRequestOutput, RequestOutput
 from charonia.pooling_params import PoolingParams
@@ -234,6 +234,10 @@ class LLM:
             self._step()
 
 
+_PROMPT_KEYS = ("prompt_token_ids", "prompt")
+"""Where a prompt is looked for, in this order."""
+
+
 def _as_batch(prompts: Prompt | Sequence[Prompt] | npt.NDArray[np.integer[Any]]) -> Sequence[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
@@ -249,9 +253,12 @@ def _as_batch(prompts: Prompt | Sequence[Prompt] | npt.NDArray[np.integer[Any]])
 def _prompt_input(prompt: Prompt) -> str | Sequence[int]:
     value: object = prompt
     if isinstance(prompt, Mapping):
-        value = next(
-            (prompt[key] for key in ("prompt_token_ids", "prompt") if prompt.get(key) is not None), None
-        )
+        value = next((prompt[key] for key in _PROMPT_KEYS if prompt.get(key) is not None), None)
+        extra = next((key for key in prompt if key not in _PROMPT_KEYS and prompt[key] is not None), None)
+        if value is not None and extra is not None:
+            raise UnsupportedError(
+                f"a prompt's {str(extra)[:40]!r} is not supported, only text and token ids are"
+            )
     if isinstance(value, np.ndarray) and value.ndim == 1 and np.issubdtype(value.dtype, np.integer):
         return cast(list[int], value.tolist())
     if isinstance(value, str) or (isinstance(value, Sequence) and not isinstance(value, bytes)):
