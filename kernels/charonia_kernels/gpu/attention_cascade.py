@@ -30,15 +30,25 @@ class CascadeConfig:
 def cascade_config(
     shared_rows: int, head_dim: int, cache_itemsize: int, device: DeviceTraits
 ) -> CascadeConfig:
-    """Launch parameters; `shared_rows` is the plan's, which has chosen the number of chunks by it."""
+    """Launch parameters; `shared_rows` is the plan's, which has chosen the number of chunks by it.
+
+    Shared memory holds the queries, and as many tiles of keys and values as there are stages: on Hopper the products
+    read them there while the next ones come. Products of fp32 are no work for tensor cores, and, as keys that are
+    converted, take registers by the tile.
+    """
     head_pad = triton.next_power_of_2(head_dim)
-    tile, num_stages = 64, 3
-    used = shared_rows * head_pad * cache_itemsize
-    while tile > 16 and used + (num_stages - 1) * 2 * tile * head_pad * cache_itemsize > (
+    rows, tile, num_stages = shared_rows, 64, 3
+    if cache_itemsize == 4:
+        rows, tile = min(rows, 64 if head_pad <= 128 else 32), 16
+    elif cache_itemsize == 1 and head_pad > 128:
+        rows = min(rows, 64)
+    used = rows * head_pad * max(2, cache_itemsize)
+    while tile > 16 and used + num_stages * 2 * tile * head_pad * cache_itemsize > (
         device.max_shared_bytes - 16_384
     ):
         tile //= 2
-    return CascadeConfig(shared_rows, tile, 8 if shared_rows * head_pad >= 128 * 128 else 4, num_stages)
+    wide = rows * head_pad >= 128 * 128 or (cache_itemsize == 4 and head_pad > 128)
+    return CascadeConfig(rows, tile, 8 if wide else 4, num_stages)
 
 
 @triton.jit(do_not_specialize=["table_stride", "batch"])

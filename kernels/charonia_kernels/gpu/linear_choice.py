@@ -46,9 +46,9 @@ def _default(m: int, n: int, k: int, traits: DeviceTraits, op: Op, hopper: bool)
 
     Measured on an H200 (`benchmarks/gpu/linear.py --models llama1b,llama3b,...`). The skinny kernel was not among it.
     """
-    if m == 1 or (m == 2 and not hopper):
-        if k <= 1536 and n < _WIDE_OUTPUT // 2:
-            return LinearConfig("vector", 4, 1024, num_warps=4, prefetch=4096)
+    if m == 1 and k <= 1536 and n <= 16384:
+        return LinearConfig("vector", 4, 1024, num_warps=4, prefetch=4096)
+    if m <= 2 and not hopper:
         return LinearConfig("vector", 8, 512, num_warps=2, prefetch=1024)
     config = None
     if hopper and m <= 32:

@@ -70,18 +70,23 @@ def decode_case(
 
 
 def cascade_case(
-    name: str, *, group: int = 4, num_kv_heads: int = 8, window: int = 0, arch: int = 90
+    name: str,
+    *,
+    group: int = 4,
+    num_kv_heads: int = 8,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    cache: torch.dtype | None = None,
+    window: int = 0,
+    arch: int = 90,
 ) -> AotCase:
-    """A bf16 model with heads of 128 and blocks of 64."""
-    config = cascade_config(128, 128, 2, A100 if arch == 80 else H100)
-    signature = {
-        "q": "*bf16",
-        "key_cache": "*bf16",
-        "value_cache": "*bf16",
-        "block_table": "*i32",
-        "entries": "*i32",
-    }
-    signature |= {"prefix_info": "*i32", "shared_out": "*fp32", "shared_stats": "*fp32"}
+    """A model with blocks of 64."""
+    cache = cache or dtype
+    config = cascade_config(128, head_dim, cache.itemsize, A100 if arch == 80 else H100)
+    scaled = cache == torch.float8_e4m3fn
+    signature = {"q": f"*{TYPES[dtype]}", "key_cache": f"*{TYPES[cache]}", "value_cache": f"*{TYPES[cache]}"}
+    signature |= {"block_table": "*i32"} | ({"k_scale": "*fp32"} if scaled else {})
+    signature |= {"entries": "*i32", "prefix_info": "*i32", "shared_out": "*fp32", "shared_stats": "*fp32"}
     signature |= {
         "scale": "fp32",
         "q_stride": "i32",
@@ -89,9 +94,11 @@ def cascade_case(
         "table_stride": "i32",
         "batch": "i32",
     }
-    constexprs: dict[str, Any] = {
-        "k_scale": None, "NUM_KV_HEADS": num_kv_heads, "G": group, "HEAD_DIM": 128, "HEAD_PAD": 128, "BLOCK_SIZE": 64,
-        "R": group, "WINDOW": window, "SOFT_CAP": 0.0, "ROWS": config.rows, "TILE": config.tile, "USE_PDL": arch >= 90,
+    constexprs: dict[str, Any] = {} if scaled else {"k_scale": None}
+    constexprs |= {
+        "NUM_KV_HEADS": num_kv_heads, "G": group, "HEAD_DIM": head_dim, "HEAD_PAD": triton.next_power_of_2(head_dim),
+        "BLOCK_SIZE": 64, "R": group, "WINDOW": window, "SOFT_CAP": 0.0, "ROWS": config.rows, "TILE": config.tile,
+        "USE_PDL": arch >= 90,
     }  # fmt: skip
     archs = (80,) if arch == 80 else (90, 100)
     return AotCase(
@@ -134,7 +141,11 @@ def cases() -> Iterator[AotCase]:
         yield decode_case("decode after cascade", cascade=True, arch=arch)
         yield cascade_case("cascade llama8b", arch=arch)
         yield cascade_case("cascade window", group=2, window=4096, arch=arch)
+        yield cascade_case("cascade head 256", head_dim=256, group=2, num_kv_heads=4, window=1024, arch=arch)
+        yield cascade_case("cascade head 256 fp32", head_dim=256, dtype=torch.float32, arch=arch)
         yield plan_case("plan 32", levels=5, cascade=False, arch=arch)
         yield plan_case("plan 1024", levels=10, cascade=True, arch=arch)
     for block_size in (16, 64):
         yield decode_case(f"decode fp8 block {block_size}", cache=fp8, block_size=block_size)
+    yield decode_case("decode fp8 head 256", cache=fp8, head_dim=256, group=8)
+    yield cascade_case("cascade head 256 fp8", head_dim=256, cache=fp8)
