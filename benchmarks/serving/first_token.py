@@ -101,6 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gap-ms", type=float, default=2.0, help="between requests (default 2)")
     parser.add_argument("--step-ms", type=float, default=0.5, help="time of an engine step (default 0.5)")
     parser.add_argument("--instances", type=int, default=1)
+    parser.add_argument("--server-args", default="", help="further arguments of both tritonservers")
     return parser.parse_args()
 
 
@@ -119,6 +120,7 @@ def servers(root: Path, options: argparse.Namespace) -> Iterator[dict[str, Trito
                     root / name,
                     settings,
                     instances=options.instances,
+                    server_args=options.server_args,
                     change_model=lambda text, change=change: change(text).replace(
                         "TOKENS = 256", f"TOKENS = {options.tokens}"
                     ),
