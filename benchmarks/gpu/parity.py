@@ -1,8 +1,8 @@
 """The engine's tokens on this GPU, whatever the way they are computed: fp32, greedy, against transformers.
 
-    PYTHONPATH=engine:kernels:client:tests python benchmarks/gpu/parity.py [--model DIR]
+    PYTHONPATH=engine:kernels:client:tests python benchmarks/gpu/parity.py [--model DIR | --random gemma3]
 
-With a checkpoint, on the prompts of the test suite; without one, a random Qwen3 of four layers. Runs graphs on and off,
+With a checkpoint, on the prompts of the test suite; without one, a random Qwen3 or Gemma 3. Runs graphs on and off,
 lookahead on and off, chunked and whole, prefix sharing on and off, two block sizes; then log-probabilities in 16 bits
 and with a cache of 8 bits against transformers' in fp32, with transformers' own in bf16 for comparison; then all
 sampling features at once in bf16, which must merely run. Prints a line for each, and ends with an error unless all fp32
@@ -25,6 +25,14 @@ CONFIG = {
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "eos_token_id": 2, "torch_dtype": "float32", "attention_bias": False, "hidden_act": "silu",
 }  # fmt: skip
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 512, "intermediate_size": 1024,
+    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "vocab_size": 4096,
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    "sliding_window": 128, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256, "tie_word_embeddings": False,
+    "eos_token_id": 2, "torch_dtype": "float32", "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+RANDOM = {"qwen3": CONFIG, "gemma3": GEMMA}
 NUM_TOKENS = 48
 NUM_SHARING = 8
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,11 +133,11 @@ def reference_tokens(directory: str, inputs: list[list[int]]) -> list[list[int]]
     return found
 
 
-def random_model(directory: str) -> None:
-    """A random checkpoint of `CONFIG`, written by transformers."""
+def random_model(directory: str, config: dict[str, Any]) -> None:
+    """A random checkpoint, written by transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    Path(directory, "config.json").write_text(json.dumps({**CONFIG, "initializer_range": 0.1}))
+    Path(directory, "config.json").write_text(json.dumps({**config, "initializer_range": 0.1}))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).save_pretrained(directory)
 
@@ -140,13 +148,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model")
+    parser.add_argument("--random", choices=RANDOM, default="qwen3")
     args = parser.parse_args()
     compiled: list[str] = []
     wrong = 0
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.model or temporary
         if args.model is None:
-            random_model(temporary)
+            random_model(temporary, RANDOM[args.random])
         inputs = prompts() if args.model is None else suite_prompts(directory)
         expected = reference_tokens(directory, inputs)
         greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, detokenize=False)
