@@ -215,7 +215,7 @@ _RULES = {
     "top_k": _integer(lambda v: -1 <= v < 2**31, "0 or -1 (all tokens) or positive, and less than 2**31"),
     "min_tokens": _integer(lambda v: 0 <= v < 2**31, "at least 0 and less than 2**31"),
     "seed": _integer(lambda v: -(2**63) <= v < 2**63, "a 64-bit integer"),
-    "max_tokens": _integer(lambda v: 1 <= v < 2**31, "at least 1 and less than 2**31"),
+    "max_tokens": _integer(lambda v: 1 <= v < 2**31, "at least 1"),
     "logprobs": _LOGPROBS,
     "prompt_logprobs": _LOGPROBS,
     "ignore_eos": _BOOLEAN,

@@ -13,6 +13,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from support.gateway import running_gateway
 
+pytestmark = pytest.mark.usefixtures("fake")  # what a test before them had it say must not hold them up
+
 DOCUMENT = create_app(GatewaySettings(triton="127.0.0.1:1")).openapi()
 SCHEMA = schemathesis.openapi.from_dict(DOCUMENT)
 OPERATIONS = {operation.ok().label: operation.ok() for operation in SCHEMA.get_all_operations()}
