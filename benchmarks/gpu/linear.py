@@ -39,7 +39,7 @@ EPS = 1e-5
 BANDWIDTH = 2.97e12
 ROWS = (1, 8, 64, 16, 4, 32, 2, 48, 128, 96)  # what counts most comes first
 HOPPER_ROWS = (8, 64, 32, 16, 128, 96)
-CHAIN_ROWS = (1, 8, 64)
+CHAIN_ROWS = (1, 8, 16, 32, 64)
 OPS: tuple[Op, ...] = ("linear", "norm_linear", "norm_linear_silu_mul", "linear_add")
 
 

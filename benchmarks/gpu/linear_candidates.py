@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
+import other_models
 import torch
+import workloads
 from charonia_kernels.gpu._launch import H100, INTERPRETED, traits
 from charonia_kernels.gpu.linear_choice import choose, has_hopper_kernel
 from charonia_kernels.gpu.linear_config import CUBLAS, LinearConfig, Op, hopper_config, tile_rows
@@ -35,33 +38,37 @@ class Model:
     head: Layer
 
 
-def model(num_layers: int, hidden: int, heads: int, inner: int, vocabulary: int, qkv: int) -> Model:
-    """A decoder of these widths; heads is the width of the queries."""
+def model(config: dict[str, Any]) -> Model:
+    """The decoder of a config.json."""
+    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries = config["num_attention_heads"] * head_dim
+    keys = config["num_key_value_heads"] * head_dim
     return Model(
-        num_layers,
+        config["num_hidden_layers"],
         (
-            Layer("qkv", "norm_linear", qkv, hidden),
-            Layer("o", "linear_add", hidden, heads),
+            Layer("qkv", "norm_linear", queries + 2 * keys, hidden),
+            Layer("o", "linear_add", hidden, queries),
             Layer("gate_up", "norm_linear_silu_mul", 2 * inner, hidden),
             Layer("down", "linear_add", hidden, inner),
         ),
-        Layer("lm_head", "norm_linear", vocabulary, hidden),
+        Layer("lm_head", "norm_linear", config["vocab_size"], hidden),
     )
 
 
-MODELS = {
-    "llama8b": model(32, 4096, 4096, 14336, 128256, 6144),
-    "qwen06b": model(28, 1024, 2048, 3072, 151936, 4096),
-    # Those that the defaults of `linear_choice` were measured with: Llama 3.2 1B and 3B, Qwen3 4B, Qwen2.5 7B, half of
-    # Llama 3.1 70B, SmolLM2 135M.
-    "llama1b": model(16, 2048, 2048, 8192, 128256, 3072),
-    "llama3b": model(28, 3072, 3072, 8192, 128256, 5120),
-    "qwen4b": model(36, 2560, 4096, 9728, 151936, 6144),
-    "qwen7b": model(28, 3584, 3584, 18944, 152064, 4608),
-    "llama70b": model(80, 8192, 4096, 14336, 64128, 5120),
-    "smollm": model(30, 576, 576, 1536, 49152, 960),
+HALF_OF_LLAMA_70B = other_models.decoder("LlamaForCausalLM", 8192, 80, 32, 4, 128, 14336, 64128)
+CONFIGS = {name: workloads.MODELS[name] for name in ("llama8b", "qwen06b")} | {
+    # What the defaults of `linear_choice` were measured with.
+    "smollm": other_models.MODELS["SmolLM2 135M"],
+    "llama1b": other_models.MODELS["Llama 3.2 1B"],
+    "llama3b": other_models.MODELS["Llama 3.2 3B"],
+    "qwen4b": other_models.MODELS["Qwen3 4B"],
+    "qwen7b": other_models.MODELS["Qwen2.5 7B"],
+    "llama70b": HALF_OF_LLAMA_70B,
 }
-TINY = {"tiny": model(2, 64, 128, 96, 160, 256)}
+MODELS = {name: model(config) for name, config in CONFIGS.items()}
+TINY = {
+    "tiny": model(other_models.decoder("LlamaForCausalLM", 64, 2, 8, 4, 16, 96, 160)),
+}
 
 
 VECTOR = (  # block_n, block_k, num_warps, prefetch

@@ -14,6 +14,7 @@ from charonia.errors import InvalidRequestError
 from charonia.outputs import TokenLogprobs
 from charonia.request import EngineRequest, Matcher
 from charonia.structured_params import StructuredOutputsParams
+from support.device_steps import Pending, Undrawn
 
 VOCAB = 32
 EOS = 7
@@ -113,26 +114,6 @@ class Row:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.new.num_prompt_tokens
-
-
-@dataclass
-class Pending:
-    result: StepResult
-    read: bool = False
-
-    def wait(self) -> StepResult:
-        self.read = True
-        return self.result
-
-
-@dataclass
-class Undrawn:
-    device: "MixedDevice"
-    plan: StepPlan
-
-    def draw(self, masks: TokenMasks) -> Pending:
-        assert all(step.read for step in self.device.steps), "masks follow from all steps before"
-        return self.device.finish(self.plan, masks)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from charonia.outputs import FinishReason
 from charonia.request import EngineRequest, Matcher, TokenDelta
 from charonia.sampling_params import SamplingParams
 from charonia.structured_params import StructuredOutputsParams
+from support.device_steps import Pending, Undrawn
 
 EOS = 7
 VOCAB = 32
@@ -97,28 +98,6 @@ class Row:
     tokens: list[int]
     computed: int
     constrained: bool
-
-
-@dataclass
-class Pending:
-    result: StepResult
-    read: bool = False
-
-    def wait(self) -> StepResult:
-        self.read = True
-        return self.result
-
-
-@dataclass
-class Undrawn:
-    device: "FakeDevice"
-    plan: StepPlan
-
-    def draw(self, masks: TokenMasks) -> Pending:
-        assert all(step.read for step in self.device.steps), (
-            "masks follow from the results of all steps before"
-        )
-        return self.device.finish(self.plan, masks)
 
 
 @dataclass

@@ -42,9 +42,10 @@ def has_hopper_kernel(traits: DeviceTraits) -> bool:
 
 
 def _default(m: int, n: int, k: int, traits: DeviceTraits, op: Op, hopper: bool) -> LinearConfig:
-    """For shapes that nobody has measured: what was best, or close to it, for those of five models of 1B to 70B.
+    """For shapes that nobody has measured: what was best, or close to it, for those of six models of 135M to 70B.
 
-    Measured on an H200 (`benchmarks/gpu/linear.py --models llama1b,llama3b,...`). The skinny kernel was not among it.
+    Found on an H200 by sweeps like those of `benchmarks/gpu/linear.py --models llama1b,llama3b,...`; the skinny
+    kernel's former defaults never were.
     """
     if m == 1 and k <= 1536 and n <= 16384:
         return LinearConfig("vector", 4, 1024, num_warps=4, prefetch=4096)
